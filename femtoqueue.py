@@ -1,0 +1,1933 @@
+# SPDX-License-Identifier: MIT
+"""A durable task queue in one file and one directory, for many threads, processes and crashes.
+
+    from femtoqueue import FemtoQueue
+
+    q = FemtoQueue("my_queue", node_id="worker-1")
+    q.push(b"hello")
+    while task := q.pop():
+        print(task.data)
+        q.done(task)
+
+A task is one file that holds exactly its payload. Its state is the directory it lies in, and every
+change of state is one atomic rename, so a crash leaves a task either here or there, never in between:
+
+                 schedule                  push
+                    |                       |
+                    v          due          v      pop                        done
+                scheduled -------------> pending -------> in_progress -------------> done
+                    ^                       ^                | | | |         fail
+                    |   retry with a delay  |  retry, crash, | | | +---------------> failed
+                    +-----------------------|----------------+ | |    bad checksum
+                                            |  lease expired   | +-----------------> corrupt
+                                            +------------------+
+
+    data_dir/
+      creating/<owner>~<time_us>                being written, invisible to everybody else
+      pending/<bucket>/<id>[~n]                 waiting; n = deliveries already used up
+      scheduled/<bucket>/<id>~n~<due_us>        waiting for the wall clock
+      in_progress/<owner>/<id>~n~<deadline_us>  claimed, until the deadline (the lease) at least
+      done/<id>   failed/<id>   corrupt/<id>
+      clock-<boot>                              the queue clock of one boot of one machine
+
+Names have one grammar:
+
+    id      <time_us>_<node_id>_<nonce>.<crc32>   16 digits, producer, unique token, 8 hex digits
+    bucket  16 digits; nothing in that directory is older
+    owner   <node_id>~<pid>~<start>~<place>~<token>   one FemtoQueue object in one process
+
+Ids sort in queue order and never change. Any regular file that is renamed into pending/ under a name
+of 16 digits, "_" and no "~" is a task as well: so a shell script pushes. Everything else that lies
+about is left alone, and links are never followed.
+
+Order is by the queue clock: microseconds that never go backwards on one machine, shared by all of its
+processes, and continued above the newest task after a reboot. Due times are wall-clock times.
+
+A worker that dies has its tasks given to another: at once if its process is gone (judged by PID,
+start time, boot and PID namespace), and in any case when the lease of `timeout_stale_ms` runs out. A
+task is never taken from a live worker within its lease.
+
+Delivery is at least once: a worker can die between its work and its `done`. Exactly-once effects need
+handlers that may run twice. Order between machines is as good as their clocks agree.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import itertools
+import os
+import stat
+import threading
+import time
+import weakref
+import zlib
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:  # typing costs more to import than all the rest
+    import argparse
+    import datetime
+    import types
+    from collections.abc import Callable, Iterable, Iterator, Sequence
+
+__all__ = ["FemtoQueue", "FemtoQueueError", "FemtoTask", "NotInProgress", "STATES"]
+__version__ = "1.0.0"
+
+STATES = ("scheduled", "pending", "in_progress", "done", "failed", "corrupt")
+_BUCKETED = ("scheduled", "pending")
+_FINISHED = ("done", "failed", "corrupt")
+
+_MAX_US = 10**16  # times have 16 digits
+_MAX_ID = 220  # bytes; "~n~deadline" must still fit into the 255 of a file name
+_BUCKET_US = 10**9
+_BUCKET_TASKS = 1_000
+_BATCH = 1_000  # due or abandoned tasks that one pop moves at most
+_LOOK_US = 1_000_000  # between looks for due and abandoned tasks, while there is other work
+_SWEEP_US = 60_000_000
+_SETTLE_US = 2_000_000  # an empty directory must be older than this to be removed
+_ORPHAN_US = 86_400_000_000  # a half-written file whose writer cannot be judged
+_POLL_S = 0.008
+_CHUNK = 1 << 20
+_WRITE_FLAGS = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
+# A FIFO or a link that carries a task's name must neither block the reader nor lead it elsewhere.
+_NO_FOLLOW = getattr(os, "O_NOFOLLOW", 0)
+_READ_FLAGS = os.O_RDONLY | _NO_FOLLOW | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
+# The first bytes of a payload that version 0.3 or 0.4 of the original femtoqueue wrote; MD5 follows.
+_LEGACY_MAGIC = b"\x01" + bytes(7)
+_LEGACY_HEADER = 24
+_HEX = set("0123456789abcdef")
+_LAST_CLOCK_US = 7_258_118_400_000_000  # the year 2200: a stray name must not drag the clock along
+# What rename, open and scandir say of a file that somebody else has moved. ESTALE: over NFS.
+_GONE = {errno.ENOENT, errno.ENOTDIR, errno.ESTALE}
+
+
+class FemtoQueueError(Exception):
+    """Base class of the errors that are femtoqueue's own."""
+
+
+class NotInProgress(FemtoQueueError):
+    """The task is not this claim's any more: finished already, or its lease ran out and was taken."""
+
+
+class FemtoTask:
+    """One delivery of a task, as `FemtoQueue.pop` returns it.
+
+    It can be pickled, and finished through another FemtoQueue object on the same directory.
+
+    Attributes
+    ----------
+    id : str
+        What `push` or `schedule` returned.
+    attempt : int
+        Which delivery this is; 1 is the first.
+    path : str
+        The claimed file, for streaming. Valid until the task is finished or touched.
+    lost : bool
+        Set while `FemtoQueue.run` handles this task and its lease was lost all the same.
+    """
+
+    __slots__ = ("id", "attempt", "path", "lost", "_data", "_skip", "_moved_to")
+
+    def __init__(self, id: str, data: bytes | None, attempt: int = 1, path: str = "") -> None:
+        self.id = id
+        self.attempt = attempt
+        self.path = path
+        self.lost = False
+        self._data = data
+        self._skip = 0
+        self._moved_to: str | None = None
+
+    @property
+    def data(self) -> bytes:
+        """The payload. One over 1 MiB is read, from `path`, each time it is asked for."""
+        if self._data is not None:
+            return self._data
+        try:
+            file = open(self.path, "rb")
+        except FileNotFoundError:  # touched through another copy
+            self.path = _find_claim(os.path.dirname(self.path), self.id, self.attempt) or self.path
+            file = open(self.path, "rb")
+        with file:
+            file.seek(self._skip)
+            return file.read()
+
+    def __repr__(self) -> str:
+        return f"FemtoTask(id={self.id!r}, attempt={self.attempt})"
+
+
+class FemtoQueue:
+    """A queue in a directory. All objects on one directory, in whatever process, are one queue.
+
+    Parameters
+    ----------
+    data_dir : str or os.PathLike
+        Where the queue lies, on one filesystem; made if it does not exist. A directory of version
+        0.3 or 0.4 of the original femtoqueue is taken over when it is first opened.
+    node_id : str
+        Stable name of this worker's place, such as the host name. A node_id belongs to one machine
+        or container at a time: tasks that it claimed elsewhere are taken back at the first `pop`.
+        Several processes of one machine may share it. At most 64 bytes, without "/" and "~".
+    timeout_stale_ms : int or float
+        The lease, in milliseconds: a claimed task that was neither finished nor touched for so long
+        is given to another worker. Until then it is safe as long as its process lives.
+    sync_after_write : bool
+        Survive power cuts: what returned is on disk, with every directory entry that leads to it.
+    max_attempts : int or None
+        After so many deliveries a task that comes back goes to failed/ instead. None: no limit.
+    keep_done, keep_failed : bool
+        Keep finished tasks in done/ and failed/, or delete them.
+    maxsize : int
+        `push` raises `queue.Full` when so many tasks are pending. 0: no limit. The limit is exact for
+        one producer; several may overshoot it, each by half of the room it last saw.
+
+    Raises
+    ------
+    TypeError, ValueError
+        For a bad argument, before anything is written.
+    OSError
+        From the filesystem. It names the path.
+
+    Any call may raise OSError. It has then changed nothing, or nothing that cannot be called again.
+    """
+
+    def __init__(
+        self,
+        data_dir: str | os.PathLike[str],
+        node_id: str,
+        timeout_stale_ms: float = 30_000,
+        sync_after_write: bool = False,
+        *,
+        max_attempts: int | None = None,
+        keep_done: bool = True,
+        keep_failed: bool = True,
+        maxsize: int = 0,
+    ) -> None:
+        root = os.fspath(data_dir)
+        if not isinstance(root, str):
+            raise TypeError(f"data_dir: expected str or os.PathLike[str], got {type(root).__name__}")
+        if not root or "\0" in root:
+            raise ValueError(f"data_dir: {root!r} is no path; name a directory")
+        if not isinstance(node_id, str):
+            raise TypeError(f"node_id: expected str, got {type(node_id).__name__}")
+        if not (node_id and node_id.isprintable() and not {"/", "~"} & set(node_id)):
+            raise ValueError(f"node_id: {node_id!r} must be printable, not empty, without '/' and '~'")
+        if len(node_id.encode()) > 64:
+            raise ValueError(f"node_id: {node_id!r} is longer than 64 bytes; use a shorter name")
+        _check_number("timeout_stale_ms", timeout_stale_ms, 1e-3, 1e12, "milliseconds")
+        if max_attempts is not None:
+            _check_int("max_attempts", max_attempts, 1, "at least 1, or None for no limit")
+        _check_int("maxsize", maxsize, 0, "at least 0, where 0 is no limit")
+
+        self.data_dir = data_dir
+        self.node_id = node_id
+        self.timeout_stale_ms = timeout_stale_ms
+        self.sync_after_write = bool(sync_after_write)
+        self.max_attempts = max_attempts
+        self.keep_done = bool(keep_done)
+        self.keep_failed = bool(keep_failed)
+        self.maxsize = maxsize
+
+        self._root = os.path.abspath(root)  # the program may change its directory
+        self._lease_us = int(timeout_stale_ms * 1_000)
+        self._dirs = {state: f"{self._root}/{state}" for state in (*STATES, "creating")}
+        self._closed = False
+        self._token = os.urandom(4).hex()
+        self._begin_in_this_process()
+        self._make_directories()
+        self._clock = self._open_clock()
+        if self.sync_after_write:
+            _sync(self._root)  # whoever made what is in there need not have been durable
+        _objects[self._owner] = self
+
+    def _begin_in_this_process(self) -> None:
+        """Set up all that must not be shared with the process that this one was forked from."""
+        me = _identity()
+        self._owner = f"{self.node_id}~{me.pid}~{me.start}~{me.place}~{self._token}"
+        self._own_dir = f"{self._dirs['in_progress']}/{self._owner}"
+        self._spool_prefix = f"{self._dirs['creating']}/{self._owner}~"
+        self._nonce = os.urandom(6).hex()
+        self._count = itertools.count()
+        self._lock = threading.Lock()  # guards what follows; never held during a rename
+        self._buckets: dict[tuple[str, int], tuple[int, int, int]] = {}
+        self._listing: _Listing | None = None
+        self._misses = 0  # claims in a row that another worker was quicker at
+        self._unsure: set[str] = set()  # claims whose rename failed, as far as we were told
+        self._own_dir_is_made = False
+        self._look_at_us = 0
+        self._sweep_at_us = 0
+        self._claimed_at_us = 0
+        self._room = 0
+
+    def _make_directories(self) -> None:
+        made = _make_directory(self._root)
+        for state, directory in self._dirs.items():
+            if state != "in_progress":
+                made += _make_directory(directory)
+        if not os.path.isdir(self._dirs["in_progress"]):
+            self._adopt_original()
+            # Last: as long as it is missing, whoever opens the directory adopts again.
+            made += _make_directory(self._dirs["in_progress"])
+        if self.sync_after_write:
+            _sync(*dict.fromkeys(os.path.dirname(path) for path in made))
+
+    def _adopt_original(self) -> None:
+        """Take over a directory of the original femtoqueue 0.3 or 0.4, tasks in progress included.
+
+        There, a worker's tasks lie in `<node_id>/` beside `pending/`; a scheduled one is told by a time
+        in the future alone, in `scheduled/` (0.4) or in `pending/` (0.3).
+        """
+        pending, scheduled = self._dirs["pending"], self._dirs["scheduled"]
+        now_us = _wall_us()
+        for entry in _list(self._root):
+            if entry.name in self._dirs or not entry.is_dir(follow_symlinks=False):
+                continue
+            for task in _list(entry.path):
+                if _is_original(task):
+                    _rename(task.path, f"{pending}/{task.name}")
+            _remove_directory(entry.path)
+        for directory in (pending, scheduled):
+            for task in _list(directory):
+                if _is_original(task):
+                    time_text, _, rest = task.name.partition("_")
+                    later = directory == scheduled or int(time_text) > now_us
+                    name = f"{max(0, int(time_text)):016d}_{rest}"
+                    _rename(task.path, f"{scheduled if later else pending}/{name}")
+
+    def _open_clock(self) -> _Clock:
+        """Find the offset that this boot's first process chose, or choose it."""
+        path = f"{self._root}/clock-{_identity().boot}"
+        offset_us = _read_offset(path)
+        if offset_us is None:
+            newest_us = self._newest_us()
+            offset_us = max(_wall_us(), newest_us + 1) - _monotonic_us()
+            draft, _ = self._spool(0, (f"{offset_us}\n".encode(),))
+            try:
+                try:
+                    os.link(draft, path)  # whole at once like a rename, but the first one wins
+                except OSError:
+                    first = _read_offset(path)
+                    if first is None:  # broken, or a filesystem without hard links
+                        _rename(draft, path)
+                    else:
+                        offset_us = first
+            finally:
+                _discard(draft)
+        return _clocks.setdefault((self._root, offset_us), _Clock(offset_us))
+
+    def _newest_us(self) -> int:
+        """A time that no task now in the queue is above, but for what is scheduled."""
+        names = ["0"]
+        wall_us = _wall_us()
+        for entry in _list(self._dirs["pending"]):
+            names.append(entry.name)
+            # A bucket's tasks are of one period: an older one cannot be ahead of the wall clock.
+            if _is_bucket(entry) and int(entry.name) + _BUCKET_US > wall_us:
+                names += _names(entry.path)
+        for entry in _list(self._dirs["in_progress"]):
+            if _is_owner(entry.name):
+                names += _names(entry.path)
+        times = (int(name[:16]) for name in names if _is_digits(name[:16]))
+        return max(time_us for time_us in times if time_us < _LAST_CLOCK_US)
+
+    def __repr__(self) -> str:
+        return f"FemtoQueue({self._root!r}, node_id={self.node_id!r})"
+
+    def __getstate__(self) -> dict[str, object]:
+        # In another process it is another owner: only what it was made with goes along.
+        names = ("data_dir", "node_id", "timeout_stale_ms", "sync_after_write")
+        options = ("max_attempts", "keep_done", "keep_failed", "maxsize")
+        return {name: getattr(self, name) for name in names + options}
+
+    def __setstate__(self, arguments: dict[str, object]) -> None:
+        self.__init__(**arguments)  # type: ignore[misc]
+
+    # --- in: push, schedule -----------------------------------------------------------------------
+
+    def push(self, data: bytes | bytearray | memoryview) -> str:
+        """Add a task at the end of the queue.
+
+        Parameters
+        ----------
+        data : bytes-like
+            The payload; may be empty.
+
+        Returns
+        -------
+        str
+            The task's id. Whatever becomes of the task, the id stays.
+
+        Raises
+        ------
+        TypeError
+            If `data` is not bytes-like: encode a str yourself.
+        queue.Full
+            If `maxsize` tasks are pending.
+        """
+        payload = _payload(data)
+        self._make_room()
+        return self._add("pending", self._stamp(), (payload,))
+
+    def push_many(self, items: Iterable[bytes | bytearray | memoryview]) -> list[str]:
+        """Push all `items`, in order, and return their ids.
+
+        With `sync_after_write` the whole batch becomes durable together, at a fraction of the price.
+        If this raises, those that were pushed are the first ones of `items`, perhaps none.
+        """
+        if isinstance(items, (bytes, bytearray, memoryview, str)):
+            raise TypeError("items: expected several payloads, got one; use push()")
+        if not self.sync_after_write:
+            return [self.push(item) for item in items]
+        written: list[tuple[str, int, int]] = []
+        added: list[str] = []
+        touched: set[str] = set()
+        try:
+            descriptors: list[int] = []
+            try:
+                for item in items:
+                    self._make_room()
+                    stamp_us = self._stamp()
+                    path, crc = self._spool(stamp_us, (_payload(item),), descriptors)
+                    written.append((path, stamp_us, crc))
+                    if len(descriptors) == 100:
+                        _sync_all(descriptors)
+                _sync_all(descriptors)
+            finally:
+                while descriptors:
+                    os.close(descriptors.pop())
+            ids = []
+            for path, stamp_us, crc in written:
+                id = self._new_id(stamp_us, crc)
+                directories = self._put(path, "pending", stamp_us, id)
+                if directories is None:
+                    raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), path)
+                added.append(f"{directories[0]}/{id}")
+                touched.update(directories)
+                ids.append(id)
+            _sync(*touched)
+        except BaseException:
+            _discard(*(path for path, _, _ in written[len(added) :]), *reversed(added))
+            raise
+        return ids
+
+    def push_file(self, path: str | os.PathLike[str], *, move: bool = False) -> str:
+        """Push a file's content, of any size, without holding it in memory.
+
+        Parameters
+        ----------
+        path : str or os.PathLike
+            A regular file that nobody writes to any more.
+        move : bool
+            Take the file itself: renamed where it lies on the same filesystem as the queue, copied and
+            then deleted elsewhere. Until this returns, the file is where it was, or it is a task.
+
+        Raises
+        ------
+        ValueError
+            If `path` is not a regular file.
+        """
+        source = os.fspath(path)
+        if move and os.path.islink(source):
+            raise ValueError(f"path: {source!r} is a symbolic link; move the file that it points to")
+        descriptor = os.open(source, _READ_FLAGS if move else _READ_FLAGS & ~_NO_FOLLOW)
+        try:
+            if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+                raise ValueError(f"path: {source!r} is not a regular file")
+            self._make_room()
+            if move:
+                crc = 0
+                for chunk in _chunks(descriptor):
+                    crc = zlib.crc32(chunk, crc)
+                if self.sync_after_write:
+                    _fsync(descriptor)
+                try:
+                    return self._publish(source, "pending", self._stamp(), crc)
+                except OSError as error:
+                    if error.errno != errno.EXDEV:
+                        raise
+                os.lseek(descriptor, 0, os.SEEK_SET)
+            id = self._add("pending", self._stamp(), _chunks(descriptor))
+        finally:
+            os.close(descriptor)
+        if move:
+            os.unlink(source)
+        return id
+
+    def schedule(self, data: bytes | bytearray | memoryview, time_us: int | datetime.datetime) -> str:
+        """Add a task that becomes pending at a wall-clock time, behind all that is pending then.
+
+        Parameters
+        ----------
+        data : bytes-like
+            The payload.
+        time_us : int or datetime.datetime
+            Microseconds since the epoch, such as `time.time_ns() // 1000 + 60_000_000`, or an aware
+            datetime. A time in the past is due at once.
+
+        Raises
+        ------
+        ValueError
+            For a number that can only be seconds, milliseconds or nanoseconds, and a naive datetime.
+        """
+        payload = _payload(data)
+        due_us = _due_us(time_us)
+        now_us = self._stamp()
+        # The id is in queue time. Once the wall clock was set, that differs; in steps of 10 ms, so
+        # that the noise between two clock readings does not shuffle tasks that are due together.
+        lead_us = round(now_us - _wall_us(), -4)
+        return self._add("scheduled", max(now_us, due_us + lead_us), (payload,), due_us)
+
+    def _stamp(self) -> int:
+        if self._closed:
+            raise FemtoQueueError(f"{self!r} is closed; make a new one")
+        return self._clock.stamp()
+
+    def _add(self, state: str, time_us: int, chunks: Iterable[bytes], due_us: int | None = None) -> str:
+        path, crc = self._spool(self._clock.stamp() if due_us else time_us, chunks)
+        try:
+            return self._publish(path, state, time_us, crc, due_us)
+        except BaseException:
+            _discard(path)
+            raise
+
+    def _spool(
+        self, stamp_us: int, chunks: Iterable[bytes], descriptors: list[int] | None = None
+    ) -> tuple[str, int]:
+        """Write a file in creating/; return its path and CRC-32.
+
+        With `descriptors`, it is left open there for the caller, who syncs and closes many at once.
+        """
+        path = f"{self._spool_prefix}{stamp_us:016d}"
+        descriptor = os.open(path, _WRITE_FLAGS, 0o666)
+        if descriptors is not None:
+            descriptors.append(descriptor)
+        try:
+            try:
+                crc = 0
+                for chunk in chunks:
+                    crc = zlib.crc32(chunk, crc)
+                    written = os.write(descriptor, chunk)
+                    while written < len(chunk):
+                        written += os.write(descriptor, memoryview(chunk)[written:])
+                if self.sync_after_write and descriptors is None:
+                    _fsync(descriptor)
+            finally:
+                if descriptors is None:
+                    os.close(descriptor)  # where a network filesystem reports a failed write
+        except BaseException:
+            _discard(path)
+            raise
+        return path, crc
+
+    def _publish(
+        self, source: str, state: str, time_us: int, crc: int, due_us: int | None = None
+    ) -> str:
+        """Make a whole file a task; if that fails, it is no task."""
+        id = self._new_id(time_us, crc)
+        name = id if due_us is None else _format(id, 0, due_us)
+        touched = self._put(source, state, due_us or time_us, name)
+        if touched is None:
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), source)
+        if self.sync_after_write:
+            try:
+                _sync(*touched)
+            except BaseException:
+                # Withdrawn, unless a worker has it already. A moved file is where it was.
+                with contextlib.suppress(OSError):
+                    _rename(f"{touched[0]}/{name}", source)
+                raise
+        return id
+
+    def _new_id(self, time_us: int, crc: int) -> str:
+        return f"{time_us:016d}_{self.node_id}_{self._nonce}{next(self._count):06x}.{crc:08x}"
+
+    def _put(self, source: str, state: str, time_us: int, name: str) -> tuple[str, ...] | None:
+        """Rename `source` into a bucket; return the directories to sync, or None if it is gone."""
+        directory, settled = self._bucket(state, time_us)
+        parent = self._dirs[state]
+        if self.sync_after_write and not settled:
+            # A task must not be moved below a directory that a power cut would take away.
+            _make_directory(directory)
+            _sync(parent)
+        for again in (False, True, True, True):
+            if _rename(source, f"{directory}/{name}"):
+                break
+            # Buckets are removed when they are empty, even between the two lines above.
+            if not _make_directory(directory) and again:
+                if os.path.lexists(f"{directory}/{name}"):
+                    break  # over NFS a rename that was sent twice succeeds and then reports ENOENT
+                return None
+        return (directory,) if settled else (directory, parent)
+
+    def _bucket(self, state: str, time_us: int) -> tuple[str, bool]:
+        """Choose a directory for a task of this time; tell if it is this object's own and was used.
+
+        Everybody begins with the bucket of the current period, and goes on to others of up to
+        1,000 tasks, so that no directory becomes large. In scheduled/ the periods are a tenth of the
+        wait or shorter: a bucket that has begun soon falls due as a whole.
+        """
+        period = self._period(state, time_us)
+        with self._lock:
+            if len(self._buckets) > 100:
+                self._buckets.clear()
+            name, used, newest = self._buckets.get((state, period), (period, 0, period))
+            if time_us < name or used >= (
+                1 if self.sync_after_write and name == period else _BUCKET_TASKS
+            ):
+                used = 0
+                beyond = time_us > newest or time_us < name or name == period != time_us
+                name = time_us if beyond else max(0, name - 1)
+            self._buckets[state, period] = (name, used + 1, max(newest, time_us))
+        return f"{self._dirs[state]}/{name:016d}", used > 0 and name != period
+
+    def _period(self, state: str, time_us: int) -> int:
+        width = _BUCKET_US
+        if state == "scheduled":
+            width = max(10**7, 10 ** (len(str(max(0, time_us - _wall_us()))) - 2))
+        return time_us - time_us % width
+
+    def _make_room(self) -> None:
+        if not self.maxsize:
+            return
+        if self._room <= 0:
+            free = self.maxsize - sum(1 for _ in self._walk("pending"))
+            if free <= 0:
+                import queue
+
+                raise queue.Full(f"{self.maxsize} tasks are pending in {self._root}")
+            self._room = (free + 1) // 2
+        self._room -= 1
+
+    # --- through: pop, done, fail, retry, touch ---------------------------------------------------
+
+    def pop(self, timeout: float | None = 0.0) -> FemtoTask | None:
+        """Claim the oldest pending task.
+
+        Due scheduled tasks, and those of dead or hung workers, become pending first.
+
+        Parameters
+        ----------
+        timeout : float or None
+            Seconds to wait for a task. None: for ever.
+
+        Returns
+        -------
+        FemtoTask or None
+            None only after `timeout`, and never while a task is pending or due. The task is this
+            object's for the lease of `timeout_stale_ms`; finish it with `done`, `fail` or `retry`.
+        """
+        if timeout is not None:
+            _check_number("timeout", timeout, 0, float("inf"), "seconds, or None to wait for ever")
+        return self._pop(timeout, lambda: False)
+
+    def _pop(self, timeout: float | None, stopped: Callable[[], bool]) -> FemtoTask | None:
+        end_s = None if timeout is None else time.monotonic() + timeout
+        while True:
+            if self._stamp() >= self._look_at_us:
+                self._look()
+            task = self._take()
+            if task is not None:
+                return task
+            left_s = _POLL_S if end_s is None else end_s - time.monotonic()
+            if left_s <= 0 or stopped():
+                if not self._look():
+                    return None
+            elif not self._promote():
+                time.sleep(min(left_s, _POLL_S))
+
+    def _take(self) -> FemtoTask | None:
+        """Claim the oldest task there is; None if a listing begun here has nothing to claim."""
+        tried: set[str] = set()
+        quiet = 0  # listings in a row with nothing new
+        begun = False
+        while True:
+            new = False
+            while (found := self._next()) is not None:
+                directory, name = found
+                if name in tried:
+                    continue  # listed although it is gone, as network filesystems do
+                task = self._claim(directory, name)
+                if task is not None:
+                    return task
+                tried.add(name)
+                new = True
+            quiet = 0 if new else quiet + begun
+            if quiet and (quiet == 3 or not self._listing_hides_names()):
+                return None
+            # What is stamped in the future twice over comes from a machine whose clock is ahead.
+            self._begin_listing(everything=quiet == 2)
+            begun = True
+
+    def _next(self) -> tuple[str, str] | None:
+        with self._lock:
+            found = self._listing.next() if self._listing else None
+            empty = self._listing.take_empty() if self._listing else []
+        for bucket in empty:
+            self._remove_if_settled(bucket)
+        return found
+
+    def _listing_hides_names(self) -> bool:
+        with self._lock:
+            return self._listing is not None and self._listing.hides
+
+    def _begin_listing(self, everything: bool) -> None:
+        with self._lock:
+            horizon_us = None if everything else self._clock.now()
+            self._listing = None  # should the next line raise
+            self._listing = _Listing(self._dirs["pending"], horizon_us)
+            self._own_dir_is_made = False
+
+    def _forget_listing(self) -> None:
+        """A task went back to its old place, which may be before all that is in hand."""
+        with self._lock:
+            self._listing = None
+
+    def _remove_if_settled(self, bucket: str) -> None:
+        # Not a young one: its producer is about to use it.
+        if self._clock.now() - int(bucket[-16:]) > _SETTLE_US:
+            _remove_directory(bucket)
+
+    def _claim(self, directory: str, name: str) -> FemtoTask | None:
+        """Make one pending task this object's; None if another was quicker, or it cannot be run."""
+        parsed = _parse(name)
+        if parsed is None:
+            return None
+        id, used, _ = parsed
+        source = f"{directory}/{name}"
+        if self.max_attempts is not None and used >= self.max_attempts:
+            self._bury(source, id)
+            return None
+        stamp_us = self._clock.stamp()
+        claim = _format(id, used + 1, stamp_us + self._lease_us)
+        path = f"{self._own_dir}/{claim}"
+        try:
+            if not _rename(source, path) and not (self._make_own_directory() and _rename(source, path)):
+                self._miss(claim)
+                return None
+            self._misses = 0
+            self._claimed_at_us = stamp_us
+            return self._load(path, id, used + 1)
+        except BaseException:
+            # It was not delivered: back as it was, now, or at the next look, or after the lease.
+            self._unsure.add(claim)
+            with contextlib.suppress(OSError):
+                if os.path.lexists(path):
+                    self._put_back(path, name)
+            self._forget_listing()
+            raise
+
+    def _make_own_directory(self) -> bool:
+        if self._own_dir_is_made:
+            return False
+        self._own_dir_is_made = True
+        made = _make_directory(self._own_dir)
+        if made and self.sync_after_write:
+            _sync(self._dirs["in_progress"])
+        return bool(made)
+
+    def _miss(self, claim: str) -> None:
+        # The rename may have been done all the same, and its answer lost on a network.
+        self._unsure.add(claim)
+        # Everybody tries the same oldest name. Those skipped are found again by the next listing.
+        self._misses = min(self._misses + 1, 6)
+        with self._lock:
+            if self._listing:
+                self._listing.skip(os.urandom(1)[0] % (1 << self._misses))
+
+    def _bury(self, source: str, id: str) -> None:
+        _log("%s has used up its %s attempts", id, self.max_attempts)
+        if self.keep_failed:
+            _rename(source, f"{self._dirs['failed']}/{id}")
+        else:
+            _discard(source)
+
+    def _load(self, path: str, id: str, attempt: int) -> FemtoTask | None:
+        """Read and check a claimed file; None if it was broken and is in corrupt/ now."""
+        descriptor = os.open(path, _READ_FLAGS)
+        try:
+            info = os.fstat(descriptor)
+            if not stat.S_ISREG(info.st_mode):
+                raise OSError(errno.EINVAL, "not a regular file any more", path)
+            data = None
+            if info.st_size <= _CHUNK:
+                data = os.read(descriptor, info.st_size)
+                while len(data) < info.st_size and (more := os.read(descriptor, _CHUNK)):
+                    data += more
+            skip = _check(id, _chunks(descriptor) if data is None else (data,))
+        finally:
+            os.close(descriptor)
+        if skip is None:
+            _log("%s does not match its checksum; it is in corrupt/", id)
+            _rename(path, f"{self._dirs['corrupt']}/{id}")
+            return None
+        task = FemtoTask(id, data[skip:] if data and skip else data, attempt, path)
+        task._skip = skip
+        return task
+
+    def done(self, task: FemtoTask) -> None:
+        """Finish `task`: to done/, or deleted if `keep_done` is off. It is never delivered again.
+
+        Raises
+        ------
+        NotInProgress
+            If the claim was lost: finished already, or its lease ran out and another worker has it.
+        """
+        self._leave(task, f"{self._dirs['done']}/{task.id}" if self.keep_done else None)
+
+    def fail(self, task: FemtoTask) -> None:
+        """Give `task` up: to failed/, or deleted if `keep_failed` is off. Raises like `done`."""
+        self._leave(task, f"{self._dirs['failed']}/{task.id}" if self.keep_failed else None)
+
+    def retry(self, task: FemtoTask, delay_ms: float = 0) -> None:
+        """Have `task` delivered again, now at its old place or after a delay, which survives restarts.
+
+        Once `max_attempts` deliveries are used up it fails instead. Raises like `done`.
+        """
+        _check_number("delay_ms", delay_ms, 0, 1e12, "milliseconds")
+        if self.max_attempts is not None and task.attempt >= self.max_attempts:
+            return self.fail(task)
+        self._give_back(task, int(delay_ms * 1_000))
+
+    def _give_back(self, task: FemtoTask, delay_us: int) -> None:
+        if delay_us:
+            state, time_us = "scheduled", _wall_us() + delay_us
+            name = _format(task.id, task.attempt, time_us)
+        else:
+            state, time_us = "pending", int(task.id[:16])
+            name = _format(task.id, task.attempt)
+        directory, _ = self._bucket(state, time_us)
+        if self.sync_after_write:
+            _make_directory(directory)
+            _sync(self._dirs[state])
+        self._leave(task, f"{directory}/{name}")
+        self._forget_listing()
+
+    def touch(self, task: FemtoTask) -> None:
+        """Begin a new full lease for `task`. Raises like `done`."""
+        name = _format(task.id, task.attempt, self._stamp() + self._lease_us)
+        source = task.path
+        for _ in range(3):
+            target = f"{os.path.dirname(source)}/{name}"
+            if _rename(source, target):
+                task.path = target
+                return
+            source = self._locate(task)
+        raise NotInProgress(f"{task.id} is not in progress here any more")
+
+    def _leave(self, task: FemtoTask, target: str | None) -> None:
+        """Take `task` out of in_progress/: to `target`, or away."""
+        self._stamp()
+        goal = target or "deleted"
+        source = task.path
+        for again in (False, True, True, True):
+            # If only the sync behind the rename failed last time, only that is left to do.
+            if task._moved_to == goal or (_rename(source, target) if target else _unlink(source)):
+                break
+            source = self._locate(task)
+            if target and again:
+                _make_directory(os.path.dirname(target))  # removed by hand, or an empty bucket
+        else:
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), target)
+        if self.sync_after_write:
+            task._moved_to = goal
+            _sync(os.path.dirname(source), *([os.path.dirname(target)] if target else []))
+            task._moved_to = None
+
+    def _locate(self, task: FemtoTask) -> str:
+        """Find the claim's file: a `touch` elsewhere renames it, another host mounts it elsewhere."""
+        owner = os.path.basename(os.path.dirname(task.path))
+        path = _find_claim(f"{self._dirs['in_progress']}/{owner}", task.id, task.attempt)
+        if owner and path:
+            return path
+        raise NotInProgress(
+            f"{task.id}: attempt {task.attempt} is not in progress; it was finished already, "
+            "or its lease ran out (a longer timeout_stale_ms, or touch(), prevents that)"
+        )
+
+    # --- back: due tasks, dead and hung workers ---------------------------------------------------
+
+    def _look(self) -> bool:
+        """Bring back what is due or abandoned; tell if anything became pending."""
+        now_us = self._clock.now()
+        self._look_at_us = now_us + _LOOK_US
+        if now_us >= self._sweep_at_us:
+            self._sweep(now_us)
+            self._sweep_at_us = now_us + _SWEEP_US
+        recovered = self._recover(now_us)
+        return self._promote() or recovered
+
+    def _recover(self, now_us: int) -> bool:
+        """Take back the tasks of owners that are gone, and those whose lease ran out."""
+        moved = 0
+        unsure, self._unsure = self._unsure, set()
+        for owner in _list(self._dirs["in_progress"]):
+            if not _is_owner(owner.name) or not owner.is_dir(follow_symlinks=False):
+                continue
+            mine = owner.name == self._owner
+            alive = _is_alive(owner.name, self.node_id)
+            names = _names(owner.path)
+            for name in sorted(names):
+                parsed = _parse(name)
+                if parsed is None or moved >= _BATCH:
+                    continue
+                id, used, deadline_us = parsed
+                undelivered = mine and name in unsure
+                if undelivered or alive is False or deadline_us < now_us:
+                    back = _format(id, used - 1 if undelivered else used)
+                    moved += self._put_back(f"{owner.path}/{name}", back)
+            idle = mine and now_us - self._claimed_at_us > _SETTLE_US
+            if not names and (idle or alive is False):
+                _remove_directory(owner.path)
+        return self._moved(moved)
+
+    def _promote(self) -> bool:
+        """Make due tasks pending, earliest first; sort those not due yet into closer buckets."""
+        now_us = _wall_us()
+        due: list[tuple[int, str, str]] = []
+        next_due_us = _MAX_US
+        strays = 0
+        for entry in sorted(_list(self._dirs["scheduled"]), key=lambda entry: entry.name):
+            if len(due) >= _BATCH or (is_bucket := _is_bucket(entry)) and int(entry.name) > now_us:
+                next_due_us = min(next_due_us, int(entry.name[:16]))
+                break
+            directory = entry.path if is_bucket else self._dirs["scheduled"]
+            names = _names(entry.path) if is_bucket else [entry.name] if _is_file(entry) else []
+            if is_bucket and not names:
+                self._remove_if_settled(entry.path)
+            for name in names:
+                parsed = _parse(name)
+                if parsed is None:
+                    continue
+                due_us = parsed[2]
+                if due_us <= now_us:
+                    due.append((due_us, _format(*parsed[:2]), f"{directory}/{name}"))
+                    continue
+                next_due_us = min(next_due_us, due_us)
+                if (
+                    is_bucket
+                    and strays < _BATCH
+                    and self._period("scheduled", due_us) > int(entry.name)
+                ):
+                    strays += self._put(f"{directory}/{name}", "scheduled", due_us, name) is not None
+        moved = sum(self._put_back(path, name) for _, name, path in sorted(due)[:_BATCH])
+        self._look_at_us = min(self._look_at_us, self._clock.now() + max(0, next_due_us - now_us))
+        return self._moved(moved)
+
+    def _put_back(self, path: str, name: str) -> bool:
+        """Make a task pending, at its old place; False if it is not there any more."""
+        return self._put(path, "pending", int(name[:16]), name) is not None
+
+    def _moved(self, count: int) -> bool:
+        if count:
+            self._forget_listing()
+            if self.sync_after_write:
+                _sync(self._dirs["pending"])
+        return count > 0
+
+    def _sweep(self, now_us: int) -> None:
+        """Delete what dead writers left half-written."""
+        for entry in _list(self._dirs["creating"]):
+            owner, _, stamp = entry.name.rpartition("~")
+            if _is_owner(owner) and _is_digits(stamp):
+                alive = _is_alive(owner, self.node_id)
+                if alive is False or alive is None and now_us - int(stamp) > _ORPHAN_US:
+                    _discard(entry.path)
+
+    # --- looking ----------------------------------------------------------------------------------
+
+    def status(self, id: str) -> str | None:
+        """The state of a task, one of `STATES`, or None if there is no task of this id.
+
+        True at some moment during the call; what is read may change at once.
+        """
+        return next((state for state, _ in self._find(id, STATES)), None)
+
+    def counts(self) -> dict[str, int]:
+        """How many tasks each state holds. Not one moment's picture: tasks move while it counts."""
+        return {state: sum(1 for _ in self._walk(state)) for state in STATES}
+
+    def ids(self, state: str) -> Iterator[str]:
+        """The ids of all tasks in `state`, in the order in which they are due.
+
+        Lazy where it matters: of pending/, one bucket at a time is in memory.
+        """
+        _check_state(state, STATES)
+        return (name.partition("~")[0] for _, name in self._walk(state))
+
+    def _walk(self, state: str) -> Iterator[tuple[str, str]]:
+        """Directory and name of each task of `state`, first one first."""
+        if state == "pending":
+            found = iter(_Listing(self._dirs[state]).next, None)
+        else:
+            by_time = state == "scheduled"
+            found = iter(sorted(self._files(state), key=lambda file: _order(file[1], by_time)))
+        last = ""
+        for directory, name in found:
+            # The same name twice running: readdir of a distributed filesystem.
+            if name != last and _parse(name) is not None:
+                yield directory, name
+            last = name
+
+    def _files(self, state: str, until: str = "~") -> Iterator[tuple[str, str]]:
+        """Directory and name of each regular file, those of the youngest directory first."""
+        top = self._dirs[state]
+        for entry in sorted(_list(top), key=lambda entry: entry.name, reverse=True):
+            if entry.name > until:
+                continue
+            if state == "in_progress":
+                inner = _is_owner(entry.name) and entry.is_dir(follow_symlinks=False)
+            else:
+                inner = state in _BUCKETED and _is_bucket(entry)
+            if inner:
+                yield from ((entry.path, name) for name in _names(entry.path))
+            elif state != "in_progress" and _is_file(entry):
+                yield top, entry.name
+
+    def _find(self, id: str, states: Iterable[str]) -> Iterator[tuple[str, str]]:
+        """State and path of a task, perhaps more than once: it may move while we search.
+
+        An id may come from outside. Only one that is a task's name by our grammar becomes a path.
+        """
+        if not isinstance(id, str):
+            raise TypeError(f"id: expected str, got {type(id).__name__}; of a task, pass task.id")
+        if not _is_id(id):
+            return
+        for state in (*states, *states):
+            if state in _FINISHED:
+                if os.path.lexists(path := f"{self._dirs[state]}/{id}"):
+                    yield state, path
+                continue
+            until = f"{id}~" if state == "pending" else "~"  # buckets hold nothing older
+            for directory, name in self._files(state, until):
+                if name.partition("~")[0] == id:
+                    yield state, f"{directory}/{name}"
+
+    def _report(self) -> dict[str, list[dict[str, object]]]:
+        """What the `status` command shows: each state, and each owner of claims."""
+        states: list[dict[str, object]] = []
+        for state in STATES:
+            now_us = _wall_us() if state == "scheduled" else self._clock.now()
+            oldest = None
+            count = 0
+            for _, name in self._walk(state):
+                count += 1
+                parsed = _parse(name)
+                if parsed and oldest is None:
+                    oldest = (now_us - (parsed[2] if state == "scheduled" else int(name[:16]))) / 1e6
+            states.append({"state": state, "count": count, "oldest_s": oldest})
+        claims: dict[str, list[int]] = {}
+        for directory, name in self._walk("in_progress"):
+            if parsed := _parse(name):
+                claims.setdefault(os.path.basename(directory), []).append(parsed[2])
+        alive = {True: "yes", False: "no", None: "unknown"}
+        owners: list[dict[str, object]] = [
+            {
+                "node_id": owner.split("~")[0],
+                "pid": int(owner.split("~")[1]),
+                "alive": alive[_is_alive(owner, self.node_id)],
+                "tasks": len(deadlines),
+                "lease_left_s": (min(deadlines) - self._clock.now()) / 1e6,
+            }
+            for owner, deadlines in claims.items()
+        ]
+        return {"states": states, "owners": owners}
+
+    # --- housekeeping -----------------------------------------------------------------------------
+
+    def cancel(self, id: str) -> bool:
+        """Drop a pending or scheduled task; False if there is none of this id to drop."""
+        for _, path in self._find(id, _BUCKETED):
+            if _unlink(path):
+                if self.sync_after_write:
+                    _sync(os.path.dirname(path))
+                return True
+        return False
+
+    def requeue(self, id: str) -> bool:
+        """Make a failed, corrupt or done task pending again, at its old place, with no attempt used.
+
+        False if there is none of this id. A corrupt one must have been repaired, or is corrupt again.
+        """
+        for _, path in self._find(id, ("failed", "corrupt", "done")):
+            touched = self._put(path, "pending", int(id[:16]), id)
+            if touched:
+                self._forget_listing()
+                if self.sync_after_write:
+                    _sync(*touched, os.path.dirname(path))
+                return True
+        return False
+
+    def purge(self, state: str, older_than_s: float) -> int:
+        """Delete the tasks of done/, failed/ or corrupt/ that were finished so many seconds ago.
+
+        Returns how many. By the file's change time, which the filesystem sets when it is renamed.
+        """
+        _check_state(state, _FINISHED)
+        _check_number("older_than_s", older_than_s, 0, float("inf"), "seconds")
+        until_s = time.time() - older_than_s
+        count = 0
+        for entry in _list(self._dirs[state]):
+            if _is_id(entry.name) and _is_file(entry):
+                with contextlib.suppress(FileNotFoundError):  # somebody else purges as well
+                    info = entry.stat(follow_symlinks=False)
+                    if max(info.st_ctime, info.st_mtime) <= until_s:
+                        count += _unlink(entry.path)
+        if count and self.sync_after_write:
+            _sync(self._dirs[state])
+        return count
+
+    def join(self, timeout: float | None = None) -> bool:
+        """Wait until nothing is pending, in progress or scheduled; False if `timeout` seconds ran out.
+
+        It only watches: others must be working.
+        """
+        if timeout is not None:
+            _check_number("timeout", timeout, 0, float("inf"), "seconds, or None to wait for ever")
+        end_s = None if timeout is None else time.monotonic() + timeout
+        # Twice, since a task can move back from in_progress/ behind the reader.
+        while any(self._holds(state) for state in STATES[:3] + STATES[:3]):
+            left_s = _POLL_S if end_s is None else end_s - time.monotonic()
+            if left_s <= 0:
+                return False
+            time.sleep(min(left_s, _POLL_S))
+        return True
+
+    def _holds(self, state: str) -> bool:
+        return any(_parse(name) is not None for _, name in self._files(state))
+
+    def close(self) -> None:
+        """Give back what this object claimed and did not finish. Every later call raises."""
+        if self._closed:
+            return
+        self._closed = True
+        _objects.pop(self._owner, None)  # from here on it is judged dead, should this be cut short
+        for name in _names(self._own_dir):
+            if parsed := _parse(name):
+                self._put_back(f"{self._own_dir}/{name}", _format(*parsed[:2]))
+        _remove_directory(self._own_dir)
+
+    def __enter__(self) -> FemtoQueue:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    # --- the loop ---------------------------------------------------------------------------------
+
+    def run(self, handler: Callable[[FemtoTask], object], *, until_empty: bool = False) -> int:
+        """Hand task after task to `handler`: what a worker's main program usually is.
+
+        When it returns, the task is done. When it raises, the exception is logged and the task comes
+        back after a delay that doubles with each attempt, from a second to an hour, until
+        `max_attempts` are used up. While it runs, the lease is kept alive; `task.lost` tells a handler
+        that it was lost all the same, because the process was stopped for longer.
+
+        In the main thread, SIGTERM and SIGINT let the handler finish and then end the loop. A second
+        one gives the task back at once, and raises SystemExit or KeyboardInterrupt.
+
+        Parameters
+        ----------
+        handler : callable
+            Takes a FemtoTask. What it returns is ignored.
+        until_empty : bool
+            Return when nothing is pending or due, instead of waiting for more.
+
+        Returns
+        -------
+        int
+            How many tasks were done.
+        """
+        count = 0
+        current: list[FemtoTask] = []
+        ended = threading.Event()
+        heart = threading.Thread(target=self._keep_alive, args=(current, ended), daemon=True)
+        heart.start()
+        try:
+            with _stop_on_signals() as signals:
+                while not signals:
+                    task = self._pop(0.0 if until_empty else None, lambda: bool(signals))
+                    if task is None:
+                        break
+                    current[:] = [task]
+                    try:
+                        count += self._handle(task, handler)
+                    except BaseException:
+                        with contextlib.suppress(NotInProgress):
+                            self._give_back(task, 0)
+                        raise
+                    finally:
+                        current.clear()
+        finally:
+            ended.set()
+            heart.join()
+        return count
+
+    def _handle(self, task: FemtoTask, handler: Callable[[FemtoTask], object]) -> bool:
+        try:
+            try:
+                handler(task)
+            except Exception as error:
+                _log("%s: attempt %s failed: %s", task.id, task.attempt, error, error=error)
+                delay_ms = min(1_000 * 2 ** min(task.attempt - 1, 12), 3_600_000)
+                self.retry(task, delay_ms * (0.5 + os.urandom(1)[0] / 255))
+                return False
+            self.done(task)
+        except NotInProgress:
+            _log("%s: its lease was lost while it was handled", task.id)
+            return False
+        return True
+
+    def _keep_alive(self, current: list[FemtoTask], ended: threading.Event) -> None:
+        while not ended.wait(self._lease_us / 3e6):
+            for task in tuple(current):
+                try:
+                    self.touch(task)
+                except NotInProgress:
+                    task.lost = True
+                except OSError as error:
+                    _log("%s: its lease could not be renewed", task.id, error=error)
+
+
+# --- names: the only place that knows their grammar ---------------------------------------------------
+
+
+def _format(id: str, used: int, time_us: int | None = None) -> str:
+    """The file name of a task that was delivered `used` times; `time_us`: its due time or deadline."""
+    if time_us is not None:
+        return f"{id}~{used}~{time_us:016d}"
+    return f"{id}~{used}" if used else id
+
+
+def _parse(name: str) -> tuple[str, int, int] | None:
+    """Id, deliveries used up, due time or deadline; None if this is not the name of a task.
+
+    A name without a time, as shell scripts and the original make them, is due at the time in its id.
+    """
+    id, _, rest = name.partition("~")
+    if not _is_id(id):
+        return None
+    if not rest:
+        return (id, 0, int(id[:16])) if id == name else None
+    used, _, time_text = rest.partition("~")
+    if not (_is_digits(used) and len(used) < 10):
+        return None
+    if not time_text:
+        return (id, int(used), int(id[:16])) if used == rest else None
+    return (id, int(used), int(time_text)) if _is_digits(time_text, 16) else None
+
+
+def _is_digits(text: str, length: int | None = None) -> bool:
+    return text.isdigit() and text.isascii() and length in (None, len(text))
+
+
+def _is_id(text: str) -> bool:
+    # isprintable: neither control characters nor names that are not UTF-8.
+    return (
+        text[16:17] == "_"
+        and _is_digits(text[:16])
+        and text.isprintable()
+        and not ("/" in text or "~" in text)
+        and len(text.encode()) <= _MAX_ID
+    )
+
+
+def _is_bucket(entry: os.DirEntry[str]) -> bool:
+    return _is_digits(entry.name, 16) and entry.is_dir(follow_symlinks=False)
+
+
+def _is_file(entry: os.DirEntry[str]) -> bool:
+    return entry.is_file(follow_symlinks=False)
+
+
+def _is_original(entry: os.DirEntry[str]) -> bool:
+    """Is this a task file of the original femtoqueue?"""
+    time_text, underscore, _ = entry.name.partition("_")
+    if not (underscore and _is_digits(time_text.lstrip("-")) and len(time_text) <= 16):
+        return False
+    if not _is_file(entry):
+        return False
+    with open(entry.path, "rb") as file:
+        return file.read(len(_LEGACY_MAGIC)) == _LEGACY_MAGIC
+
+
+def _check(id: str, chunks: Iterable[bytes]) -> int | None:
+    """Where in the file the payload begins, or None if the file is broken.
+
+    Ours carries its CRC-32 in the id. The original wrote a header with an MD5 digest before it. Anything
+    else was put there by somebody else, and is taken as it is.
+    """
+    stem, _, crc_text = id.rpartition(".")
+    nonce = stem.rpartition("_")[2]
+    checked = len(crc_text) == 8 and len(nonce) >= 18 and not set(crc_text + nonce) - _HEX
+    crc = 0
+    head = b""
+    digest = None
+    for chunk in chunks:
+        if checked:
+            crc = zlib.crc32(chunk, crc)
+        elif digest is not None:
+            digest.update(chunk)
+        elif not head:
+            head = chunk[:_LEGACY_HEADER]
+            if len(head) == _LEGACY_HEADER and head.startswith(_LEGACY_MAGIC):
+                import hashlib
+
+                digest = hashlib.md5(chunk[_LEGACY_HEADER:], usedforsecurity=False)
+    if checked:
+        return 0 if crc == int(crc_text, 16) else None
+    if digest is not None and digest.digest() == head[len(_LEGACY_MAGIC) :]:
+        return _LEGACY_HEADER
+    return None if "_<built-in method hex of bytes object at 0x" in id else 0
+
+
+def _order(name: str, by_time: bool) -> tuple[int, str]:
+    parsed = _parse(name) if by_time else None
+    return (parsed[2] if parsed else 0, name)
+
+
+class _Listing:
+    """The names in pending/, smallest first, opening each bucket only when its turn comes.
+
+    A listing is no snapshot: readdir may miss a name and still show a later one that was added
+    meanwhile. So it hides what was stamped after it began; that belongs to the next one.
+    """
+
+    def __init__(self, directory: str, horizon_us: int | None = None) -> None:
+        self.hides = False
+        self._end = "~" if horizon_us is None else f"{horizon_us:016d}~"
+        self._empty: list[str] = []
+        self._directory = directory
+        # Both in descending order: the next one is the last.
+        self._hand: list[tuple[str, str]] = []
+        self._buckets: list[str] = []
+        loose = []
+        for entry in _list(directory):
+            if _is_bucket(entry):
+                self._buckets.append(entry.name)
+            elif _is_file(entry):
+                loose.append(entry.name)
+        self._buckets.sort(reverse=True)
+        self._take_up(loose, directory)
+
+    def _take_up(self, names: list[str], directory: str) -> None:
+        for name in names:
+            if name[16:17] == "_":
+                if name <= self._end:
+                    self._hand.append((name, directory))
+                else:
+                    self.hides = True
+        self._hand.sort(reverse=True)
+
+    def next(self) -> tuple[str, str] | None:
+        """Directory and name of the next one."""
+        # What is smaller than the next bucket's name is final: nothing in there is older.
+        while self._buckets and not (self._hand and self._hand[-1][0] < self._buckets[-1]):
+            bucket = f"{self._directory}/{self._buckets.pop()}"
+            names = _names(bucket)
+            if not names:
+                self._empty.append(bucket)
+            self._take_up(names, bucket)
+        if not self._hand:
+            return None
+        name, directory = self._hand.pop()
+        return directory, name
+
+    def skip(self, count: int) -> None:
+        if count:
+            del self._hand[-count:]
+
+    def take_empty(self) -> list[str]:
+        """Buckets that were found empty since this was last asked."""
+        empty, self._empty = self._empty, []
+        return empty
+
+
+# --- the filesystem: each call that changes, lists or syncs directories stands here once --------------
+
+
+def _rename(source: str, target: str) -> bool:
+    """Rename; False if there is no `source`, or no directory for `target`."""
+    try:
+        os.rename(source, target)
+    except OSError as error:
+        if error.errno in _GONE:
+            return False
+        raise
+    return True
+
+
+def _unlink(path: str) -> bool:
+    try:
+        os.unlink(path)
+    except OSError as error:
+        if error.errno in _GONE:
+            return False
+        raise
+    return True
+
+
+def _discard(*paths: str) -> None:
+    """Delete what must not stay if that can be helped: the error that led here is what counts."""
+    for path in paths:
+        with contextlib.suppress(OSError):
+            os.unlink(path)
+
+
+def _list(directory: str) -> list[os.DirEntry[str]]:
+    with os.scandir(directory) as entries:
+        return list(entries)
+
+
+def _names(directory: str) -> list[str]:
+    """The regular files in a directory that may vanish at any time."""
+    try:
+        return [entry.name for entry in _list(directory) if _is_file(entry)]
+    except OSError as error:
+        if error.errno in _GONE:
+            return []
+        raise
+
+
+def _find_claim(directory: str, id: str, attempt: int) -> str | None:
+    """The path of a claim, whatever its deadline is by now."""
+    for name in _names(directory):
+        parsed = _parse(name)
+        if parsed and parsed[:2] == (id, attempt):
+            return f"{directory}/{name}"
+    return None
+
+
+def _make_directory(path: str) -> list[str]:
+    """Make a directory and what is missing above it; return those that were made."""
+    try:
+        os.mkdir(path)
+    except FileExistsError:
+        if not os.path.isdir(path):
+            raise
+        return []
+    except FileNotFoundError:
+        parent = os.path.dirname(path)
+        if parent == path:
+            raise
+        return _make_directory(parent) + _make_directory(path)
+    return [path]
+
+
+def _remove_directory(path: str) -> None:
+    # Somebody else may fill, remove or own it. An empty directory that stays costs one listing.
+    with contextlib.suppress(OSError):
+        os.rmdir(path)
+
+
+def _fsync(descriptor: int) -> None:
+    os.fsync(descriptor)
+
+
+def _sync(*directories: str) -> None:
+    """Make what was created in, renamed into or out of these directories survive a power cut."""
+    if os.name == "nt":
+        return  # a directory cannot be opened there
+    for directory in directories:
+        descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            _fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def _sync_all(descriptors: list[int]) -> None:
+    """Sync and close files; begin to write all of them before waiting for the first."""
+    if hasattr(os, "posix_fadvise"):
+        for descriptor in descriptors:
+            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+    while descriptors:
+        try:
+            _fsync(descriptors[0])
+        finally:
+            os.close(descriptors.pop(0))
+
+
+def _chunks(descriptor: int) -> Iterator[bytes]:
+    while chunk := os.read(descriptor, _CHUNK):
+        yield chunk
+
+
+# --- time ---------------------------------------------------------------------------------------------
+
+
+def _wall_us() -> int:
+    return int(time.time() * 1_000_000)
+
+
+def _monotonic_us() -> int:
+    return int(time.monotonic() * 1_000_000)
+
+
+class _Clock:
+    """The queue clock: the monotonic clock plus an offset, the same in all processes of one boot."""
+
+    def __init__(self, offset_us: int) -> None:
+        self.offset_us = offset_us
+        self._last_us = 0
+        self._lock = threading.Lock()
+
+    def now(self) -> int:
+        return max(_monotonic_us() + self.offset_us, self._last_us)
+
+    def stamp(self) -> int:
+        """A time that this process has not stamped anything with: its order is exact within it."""
+        with self._lock:
+            self._last_us = max(_monotonic_us() + self.offset_us, self._last_us + 1)
+            return self._last_us
+
+
+_clocks: weakref.WeakValueDictionary[tuple[str, int], _Clock] = weakref.WeakValueDictionary()
+
+
+def _read_offset(path: str) -> int | None:
+    """The clock's offset; None if there is no such file, or it is broken."""
+    try:
+        descriptor = os.open(path, _READ_FLAGS)
+    except FileNotFoundError:
+        return None
+    try:
+        text = os.read(descriptor, 100).decode("ascii", "replace")
+    finally:
+        os.close(descriptor)
+    # The line's end is what a half-written number lacks.
+    if not (text.endswith("\n") and _is_digits(text[:-1].removeprefix("-"))):
+        return None
+    offset_us = int(text)
+    return offset_us if 0 <= _monotonic_us() + offset_us < _LAST_CLOCK_US else None
+
+
+# --- owners -------------------------------------------------------------------------------------------
+
+
+class _Identity:
+    """What tells this process from every other one, here and elsewhere, now and later."""
+
+    def __init__(self) -> None:
+        self.pid = os.getpid()
+        itself = _process("self")
+        self.start = itself[2] if itself else "0"
+        try:
+            with open("/proc/sys/kernel/random/boot_id", "rb") as file:
+                boot = file.read().decode().replace("-", "")[:12]
+            # A time namespace has a monotonic clock of its own.
+            self.boot = f"{boot}.{_namespace('time')}"
+            self.place = f"{self.boot}.{_namespace('pid')}"
+        except OSError:
+            # Not Linux. The boot is told by when it was, which only a change of the wall clock alters.
+            host = os.uname().nodename if hasattr(os, "uname") else os.environ.get("COMPUTERNAME", "")
+            self.place = f"{zlib.crc32(host.encode()):08x}"
+            self.boot = f"{self.place}.{(_wall_us() - _monotonic_us()) // 10**8}"
+        try:
+            # Mounted from another PID namespace, /proc shows other processes under our numbers.
+            self.sees_processes = os.readlink("/proc/self") == str(self.pid)
+        except OSError:
+            self.sees_processes = False
+
+
+def _namespace(kind: str) -> str:
+    try:
+        return "".join(filter(str.isdigit, os.readlink(f"/proc/self/ns/{kind}"))) or "0"
+    except OSError:
+        return "0"  # a kernel without this kind
+
+
+def _process(pid: int | str) -> tuple[str, int, str] | None:
+    """State, number of threads and start time of a process; None if /proc does not tell: proc(5)."""
+    try:
+        with open(f"/proc/{pid}/stat", "rb") as file:
+            fields = file.read().decode("ascii", "replace").rpartition(")")[2].split()
+        return fields[0], int(fields[17]), fields[19]
+    except (OSError, IndexError, ValueError):
+        return None
+
+
+def _is_owner(name: str) -> bool:
+    fields = name.split("~")
+    return len(fields) == 5 and all(fields) and _is_digits(fields[1]) and _is_digits(fields[2])
+
+
+def _is_alive(owner: str, node_id: str) -> bool | None:
+    """Is this owner alive? None if that cannot be known from here, and its lease must decide.
+
+    node_id is the judge's. Only proof counts: a process that is there, but whose start time /proc does
+    not tell (hidepid, another user's container), is alive.
+    """
+    node, pid_text, start, place, _ = owner.split("~")
+    me = _identity()
+    if place != me.place:  # another machine, boot or container; a node_id is in one place at a time
+        return False if node == node_id else None
+    pid = int(pid_text)
+    if pid == me.pid and start == me.start:
+        return owner in _objects
+    if os.name == "nt":
+        return None  # os.kill(pid, 0) would end that process
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except (OSError, OverflowError):
+        pass  # not permitted: it is there
+    seen = _process(pid) if me.sees_processes else None
+    if seen is None:
+        return True
+    state, threads, started = seen
+    if started != start:
+        return False  # the number was given to another process
+    return not (state in "ZX" and threads < 2)  # a zombie's other threads may still be at work
+
+
+_me: _Identity | None = None
+_objects: weakref.WeakValueDictionary[str, FemtoQueue] = weakref.WeakValueDictionary()
+
+
+def _identity() -> _Identity:
+    global _me
+    if _me is None:
+        _me = _Identity()
+    return _me
+
+
+def _begin_in_child() -> None:
+    """After a fork: the child is another owner, and no lock may stay held by a thread it lacks."""
+    global _me
+    _me = None
+    objects = list(_objects.values())
+    _objects.clear()
+    for queue in objects:
+        queue._begin_in_this_process()
+        queue._clock._lock = threading.Lock()
+        _objects[queue._owner] = queue
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_begin_in_child)
+
+
+# --- arguments ----------------------------------------------------------------------------------------
+
+
+def _payload(data: object) -> bytes:
+    if isinstance(data, bytes):
+        return data
+    if isinstance(data, str):
+        raise TypeError("data: expected bytes, got str; push text.encode()")
+    try:
+        return bytes(memoryview(data))  # type: ignore[arg-type]
+    except TypeError:
+        raise TypeError(f"data: expected a bytes-like object, got {type(data).__name__}") from None
+
+
+def _due_us(time_us: int | datetime.datetime) -> int:
+    if isinstance(time_us, int):
+        due_us = time_us
+    elif hasattr(time_us, "utcoffset"):
+        if time_us.utcoffset() is None:
+            raise ValueError("time_us: a datetime without a time zone is ambiguous; .astimezone() it")
+        due_us = round(time_us.timestamp() * 1_000_000)
+    else:
+        raise TypeError(
+            f"time_us: expected int microseconds or an aware datetime, got {type(time_us).__name__}"
+        )
+    if not 10**14 <= due_us < _MAX_US:
+        raise ValueError(
+            f"time_us: {due_us} is not a time in microseconds since the epoch; "
+            "int(time.time() * 1_000_000) is the present"
+        )
+    return due_us
+
+
+def _check_number(name: str, value: float, least: float, most: float, unit: str) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name}: expected a number of {unit}, got {type(value).__name__}")
+    if not least <= value <= most:
+        raise ValueError(f"{name}: {value} is not between {least:g} and {most:g} ({unit})")
+
+
+def _check_int(name: str, value: int, least: int, wanted: str) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name}: expected an int, got {type(value).__name__}")
+    if value < least:
+        raise ValueError(f"{name}: {value} must be {wanted}")
+
+
+def _check_state(state: str, states: Sequence[str]) -> None:
+    if state not in states:
+        raise ValueError(f"state: {state!r} is none of {', '.join(states)}")
+
+
+def _log(message: str, *arguments: object, error: Exception | None = None) -> None:
+    import logging  # costs more to import than this module
+
+    logging.getLogger("femtoqueue").warning(message, *arguments, exc_info=error)
+
+
+@contextlib.contextmanager
+def _stop_on_signals() -> Iterator[list[int]]:
+    """Collect SIGTERM and SIGINT, raise at the second one. Only the main thread gets signals."""
+    import signal
+
+    caught: list[int] = []
+
+    def catch(number: int, frame: types.FrameType | None) -> None:
+        caught.append(number)
+        if len(caught) > 1:
+            raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(128 + number)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield caught
+        return
+    before = {number: signal.signal(number, catch) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield caught
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+
+
+# --- the command line ---------------------------------------------------------------------------------
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command, as `python femtoqueue.py DIR COMMAND` does; return its exit status.
+
+    0: done; 1: nothing was done, or it failed; 2: wrong usage.
+    """
+    import argparse
+
+    parser = argparse.ArgumentParser(
+        prog="femtoqueue", description="A task queue in a directory, from the shell."
+    )
+    parser.add_argument("--version", action="version", version=f"femtoqueue {__version__}")
+    parser.add_argument("dir", metavar="DIR", help="the queue's directory")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def command(name: str, help: str) -> argparse.ArgumentParser:
+        return commands.add_parser(name, help=help, description=help)
+
+    status = command("status", "how many tasks each state holds, and who works on what")
+    status.add_argument("--json", action="store_true", help="for programs")
+    status.add_argument("--watch", action="store_true", help="again every two seconds, until Ctrl-C")
+    listing = command("list", "the ids in one state, oldest first")
+    listing.add_argument("state", choices=STATES)
+    push = command("push", "add files, or standard input, as tasks; print their ids")
+    push.add_argument("files", nargs="*", metavar="FILE")
+    schedule = command("schedule", "add standard input as a task for later; print its id")
+    schedule.add_argument(
+        "when", help="ISO time (local unless it has an offset), or +30s, +10m, +2h, +1d"
+    )
+    run = command("run", "run a command for each task, with the payload as its standard input")
+    run.add_argument("--until-empty", action="store_true", help="stop when nothing is pending or due")
+    run.add_argument("--max-attempts", type=int, metavar="N", help="then the task fails")
+    run.add_argument(
+        "cmd", nargs="+", metavar="-- CMD", help="exit status 0 is done, others are retried"
+    )
+    for name, help in (
+        ("requeue", "make failed, corrupt or done tasks pending again"),
+        ("cancel", "drop pending or scheduled tasks"),
+    ):
+        command(name, help).add_argument("ids", nargs="+", metavar="ID")
+    purge = command("purge", "delete tasks that were finished some time ago")
+    purge.add_argument("state", choices=_FINISHED)
+    purge.add_argument("age", help="how long ago: 30s, 10m, 2h, 7d")
+
+    options = parser.parse_args(arguments)
+    try:
+        return _COMMANDS[options.command](options)
+    except (ValueError, TypeError) as error:
+        parser.error(str(error))
+    except (OSError, FemtoQueueError) as error:
+        return _complain(error)
+
+
+def _complain(message: object) -> int:
+    import sys
+
+    print(f"femtoqueue: {message}", file=sys.stderr)
+    return 1
+
+
+def _open(options: argparse.Namespace, max_attempts: int | None = None) -> FemtoQueue:
+    # Hosts and containers are often named alike, and a node_id must not be in two places at a time.
+    host = os.uname().nodename if hasattr(os, "uname") else os.environ.get("COMPUTERNAME", "")
+    node_id = f"cli-{zlib.crc32((host + _identity().place).encode()):08x}"
+    return FemtoQueue(options.dir, node_id, max_attempts=max_attempts)
+
+
+def _open_existing(options: argparse.Namespace) -> FemtoQueue:
+    if not os.path.isdir(f"{options.dir}/in_progress"):
+        raise FemtoQueueError(f"there is no queue at {options.dir}; push makes one")
+    return _open(options)
+
+
+def _seconds(text: str) -> float:
+    """Seconds in "30s", "10m", "2h" or "7d"."""
+    unit = {"s": 1, "m": 60, "h": 3600, "d": 86400}.get(text[-1:])
+    try:
+        if unit and (number := float(text[:-1])) >= 0:
+            return number * unit
+    except ValueError:
+        pass
+    raise ValueError(f"{text!r} is no length of time; write 30s, 10m, 2h or 7d")
+
+
+def _cell(column: str, value: object) -> str:
+    if isinstance(value, float) and column.endswith("_s"):
+        for unit, length in (("d", 86400), ("h", 3600), ("m", 60)):
+            if abs(value) >= 2 * length:
+                return f"{value / length:.0f}{unit}"
+        return f"{value:.0f}s"
+    return "-" if value is None else str(value)
+
+
+def _command_status(options: argparse.Namespace) -> int:
+    queue = _open_existing(options)
+    while True:
+        report = queue._report()
+        print(_as_json(report) if options.json else _as_table(report), flush=True)
+        if not options.watch:
+            return 0
+        time.sleep(2)
+
+
+def _as_json(report: dict[str, list[dict[str, object]]]) -> str:
+    import json
+
+    return json.dumps(report)
+
+
+def _as_table(report: dict[str, list[dict[str, object]]]) -> str:
+    lines = []
+    for rows in report.values():
+        if rows:
+            table = [[name.removesuffix("_s") for name in rows[0]]]
+            table += [[_cell(*item) for item in row.items()] for row in rows]
+            widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+            lines += ["  ".join(map(str.ljust, line, widths)).rstrip() for line in table] + [""]
+    return "\n".join(lines[:-1])
+
+
+def _command_list(options: argparse.Namespace) -> int:
+    empty = True
+    for id in _open_existing(options).ids(options.state):
+        print(id)
+        empty = False
+    return int(empty)
+
+
+def _command_push(options: argparse.Namespace) -> int:
+    queue = _open(options)
+    for path in options.files:
+        print(queue.push_file(path), flush=True)
+    if not options.files:
+        print(queue._add("pending", queue._stamp(), _chunks(0)))
+    return 0
+
+
+def _command_schedule(options: argparse.Namespace) -> int:
+    import datetime
+    import sys
+
+    if options.when.startswith("+"):
+        due: int | datetime.datetime = _wall_us() + int(_seconds(options.when[1:]) * 1_000_000)
+    else:
+        text = options.when.removesuffix("Z") + "+00:00" * options.when.endswith("Z")
+        due = datetime.datetime.fromisoformat(text).astimezone()
+    print(_open(options).schedule(sys.stdin.buffer.read(), due))
+    return 0
+
+
+def _command_run(options: argparse.Namespace) -> int:
+    import logging
+    import signal
+    import subprocess
+
+    class OneLine(logging.Formatter):
+        def formatException(self, ei: object) -> str:
+            return ""
+
+    console = logging.StreamHandler()
+    console.setFormatter(OneLine("femtoqueue: %(message)s"))
+    logging.getLogger("femtoqueue").addHandler(console)
+
+    def handle(task: FemtoTask) -> None:
+        with open(task.path, "rb", buffering=0) as payload:
+            payload.seek(task._skip)
+            # The claim is renamed when its lease is renewed; the open file has a name that stays.
+            path = f"/proc/{os.getpid()}/fd/{payload.fileno()}"
+            environment = {
+                **os.environ,
+                "FEMTOQUEUE_ID": task.id,
+                "FEMTOQUEUE_ATTEMPT": str(task.attempt),
+                "FEMTOQUEUE_PATH": path if os.path.exists(path) else task.path,
+            }
+            # In a session of its own: Ctrl-C is for us, who let it finish.
+            child = subprocess.Popen(
+                options.cmd, stdin=payload, env=environment, start_new_session=os.name != "nt"
+            )
+            try:
+                status = child.wait()
+            except BaseException:
+                if os.name == "nt":
+                    child.kill()
+                else:
+                    os.killpg(child.pid, signal.SIGKILL)
+                child.wait()
+                raise
+        if status:
+            raise FemtoQueueError(f"{options.cmd[0]}: exit status {status}")
+
+    count = _open(options, options.max_attempts).run(handle, until_empty=options.until_empty)
+    return 0 if count or not options.until_empty else 1
+
+
+def _command_requeue(options: argparse.Namespace) -> int:
+    return _for_each(options.ids, _open_existing(options).requeue, "failed, corrupt or done")
+
+
+def _command_cancel(options: argparse.Namespace) -> int:
+    return _for_each(options.ids, _open_existing(options).cancel, "pending or scheduled")
+
+
+def _for_each(ids: list[str], call: Callable[[str], bool], wanted: str) -> int:
+    outcomes = [call(id) or _complain(f"{id} is not {wanted}") is None for id in ids]
+    return 0 if all(outcomes) else 1
+
+
+def _command_purge(options: argparse.Namespace) -> int:
+    count = _open_existing(options).purge(options.state, _seconds(options.age))
+    print(count)
+    return 0 if count else 1
+
+
+_COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
+    "status": _command_status,
+    "list": _command_list,
+    "push": _command_push,
+    "schedule": _command_schedule,
+    "run": _command_run,
+    "requeue": _command_requeue,
+    "cancel": _command_cancel,
+    "purge": _command_purge,
+}
+
+
+def _script() -> None:
+    import signal
+    import sys
+
+    if hasattr(signal, "SIGPIPE"):
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `... list done | head` ends quietly
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        # To the shell, which ends its script too, an interrupt must look like one.
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        signal.raise_signal(signal.SIGINT)
+
+
+if __name__ == "__main__":
+    _script()
