@@ -87,7 +87,8 @@ _SWEEP_US = 60_000_000
 _SETTLE_US = 2_000_000  # an empty directory must be older than this to be removed
 _ORPHAN_US = 86_400_000_000  # a half-written file whose writer cannot be judged
 _POLL_S = 0.008
-_CHUNK = 1 << 20
+_CHUNK = 1 << 20  # a larger payload is not kept in memory
+_SMALL = 1 << 16  # what one read gets of a payload: measured, no slower than asking for its size first
 _WRITE_FLAGS = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
 # A FIFO or a link that carries a task's name must neither block the reader nor lead it elsewhere.
 _NO_FOLLOW = getattr(os, "O_NOFOLLOW", 0)
@@ -126,29 +127,25 @@ class FemtoTask:
         Set while `FemtoQueue.run` handles this task and its lease was lost all the same.
     """
 
-    __slots__ = ("id", "attempt", "path", "lost", "_data", "_skip", "_moved_to")
+    lost = False
+    _payload_at = 0  # where in the file the payload begins
+    _moved_to: str | None = None  # by a rename that is not known to be on disk
 
     def __init__(self, id: str, data: bytes | None, attempt: int = 1, path: str = "") -> None:
         self.id = id
         self.attempt = attempt
         self.path = path
-        self.lost = False
         self._data = data
-        self._skip = 0
-        self._moved_to: str | None = None
 
     @property
     def data(self) -> bytes:
         """The payload. One over 1 MiB is read, from `path`, each time it is asked for."""
         if self._data is not None:
             return self._data
-        try:
-            file = open(self.path, "rb")
-        except FileNotFoundError:  # touched through another copy
+        if not os.path.exists(self.path):  # touched through another copy
             self.path = _find_claim(os.path.dirname(self.path), self.id, self.attempt) or self.path
-            file = open(self.path, "rb")
-        with file:
-            file.seek(self._skip)
+        with open(self.path, "rb") as file:
+            file.seek(self._payload_at)
             return file.read()
 
     def __repr__(self) -> str:
@@ -245,10 +242,9 @@ class FemtoQueue:
         self._owner = f"{self.node_id}~{me.pid}~{me.start}~{me.place}~{self._token}"
         self._own_dir = f"{self._dirs['in_progress']}/{self._owner}"
         self._spool_prefix = f"{self._dirs['creating']}/{self._owner}~"
-        self._nonce = os.urandom(6).hex()
+        self._producer = f"{self.node_id}_{os.urandom(6).hex()}"
         self._count = itertools.count()
-        self._lock = threading.Lock()  # guards what follows; never held during a rename
-        self._buckets: dict[tuple[str, int], tuple[int, int, int]] = {}
+        self._buckets: dict[tuple[str, int], _Bucket] = {}
         self._listing: _Listing | None = None
         self._misses = 0  # claims in a row that another worker was quicker at
         self._unsure: set[str] = set()  # claims whose rename failed, as far as we were told
@@ -364,7 +360,8 @@ class FemtoQueue:
             If `maxsize` tasks are pending.
         """
         payload = _payload(data)
-        self._make_room()
+        if self.maxsize:
+            self._make_room()
         return self._add("pending", self._stamp(), (payload,))
 
     def push_many(self, items: Iterable[bytes | bytearray | memoryview]) -> list[str]:
@@ -384,7 +381,8 @@ class FemtoQueue:
             descriptors: list[int] = []
             try:
                 for item in items:
-                    self._make_room()
+                    if self.maxsize:
+                        self._make_room()
                     stamp_us = self._stamp()
                     path, crc = self._spool(stamp_us, (_payload(item),), descriptors)
                     written.append((path, stamp_us, crc))
@@ -432,7 +430,8 @@ class FemtoQueue:
         try:
             if not stat.S_ISREG(os.fstat(descriptor).st_mode):
                 raise ValueError(f"path: {source!r} is not a regular file")
-            self._make_room()
+            if self.maxsize:
+                self._make_room()
             if move:
                 crc = 0
                 for chunk in _chunks(descriptor):
@@ -496,7 +495,7 @@ class FemtoQueue:
 
         With `descriptors`, it is left open there for the caller, who syncs and closes many at once.
         """
-        path = f"{self._spool_prefix}{stamp_us:016d}"
+        path = "%s%016d.%x" % (self._spool_prefix, stamp_us, next(self._count))
         descriptor = os.open(path, _WRITE_FLAGS, 0o666)
         if descriptors is not None:
             descriptors.append(descriptor)
@@ -538,46 +537,59 @@ class FemtoQueue:
         return id
 
     def _new_id(self, time_us: int, crc: int) -> str:
-        return f"{time_us:016d}_{self.node_id}_{self._nonce}{next(self._count):06x}.{crc:08x}"
+        return "%016d_%s%06x.%08x" % (time_us, self._producer, next(self._count), crc)
 
     def _put(self, source: str, state: str, time_us: int, name: str) -> tuple[str, ...] | None:
         """Rename `source` into a bucket; return the directories to sync, or None if it is gone."""
-        directory, settled = self._bucket(state, time_us)
-        parent = self._dirs[state]
-        if self.sync_after_write and not settled:
-            # A task must not be moved below a directory that a power cut would take away.
-            _make_directory(directory)
-            _sync(parent)
+        bucket = self._bucket(state, time_us)
+        target = f"{bucket.path}/{name}"
+        if self.sync_after_write:
+            self._prepare(bucket, state)
         for again in (False, True, True, True):
-            if _rename(source, f"{directory}/{name}"):
+            if _rename(source, target):
                 break
             # Buckets are removed when they are empty, even between the two lines above.
-            if not _make_directory(directory) and again:
-                if os.path.lexists(f"{directory}/{name}"):
+            if not _make_directory(bucket.path) and again:
+                if os.path.lexists(target):
                     break  # over NFS a rename that was sent twice succeeds and then reports ENOENT
                 return None
-        return (directory,) if settled else (directory, parent)
+        return (bucket.path, self._dirs[state]) if bucket.is_unsettled() else (bucket.path,)
 
-    def _bucket(self, state: str, time_us: int) -> tuple[str, bool]:
-        """Choose a directory for a task of this time; tell if it is this object's own and was used.
+    def _prepare(self, bucket: _Bucket, state: str) -> None:
+        """A task must not be moved below a directory that a power cut would take away."""
+        if bucket.is_unsettled():
+            _make_directory(bucket.path)
+            _sync(self._dirs[state])
+
+    def _bucket(self, state: str, time_us: int) -> _Bucket:
+        """Choose a directory for a task of this time.
 
         Everybody begins with the bucket of the current period, and goes on to others of up to
         1,000 tasks, so that no directory becomes large. In scheduled/ the periods are a tenth of the
         wait or shorter: a bucket that has begun soon falls due as a whole.
         """
         period = self._period(state, time_us)
-        with self._lock:
-            if len(self._buckets) > 100:
-                self._buckets.clear()
-            name, used, newest = self._buckets.get((state, period), (period, 0, period))
-            if time_us < name or used >= (
-                1 if self.sync_after_write and name == period else _BUCKET_TASKS
-            ):
-                used = 0
-                beyond = time_us > newest or time_us < name or name == period != time_us
-                name = time_us if beyond else max(0, name - 1)
-            self._buckets[state, period] = (name, used + 1, max(newest, time_us))
-        return f"{self._dirs[state]}/{name:016d}", used > 0 and name != period
+        bucket = self._buckets.get((state, period))
+        if bucket is None or bucket.used >= bucket.room or time_us < bucket.start_us:
+            bucket = self._next_bucket(state, period, time_us, bucket)
+        bucket.used += 1
+        if time_us > bucket.newest_us:
+            bucket.newest_us = time_us
+        return bucket
+
+    def _next_bucket(self, state: str, period: int, time_us: int, full: _Bucket | None) -> _Bucket:
+        if full is None:
+            # Durable producers leave the shared one soon: there each task costs one sync more.
+            room = 1 if self.sync_after_write else _BUCKET_TASKS
+            bucket = _Bucket(self._dirs[state], period, room, shared=True)
+        elif full.shared and time_us > period or not full.start_us <= time_us <= full.newest_us:
+            bucket = _Bucket(self._dirs[state], time_us, _BUCKET_TASKS, shared=False)
+        else:  # tasks without end for one and the same time
+            bucket = _Bucket(self._dirs[state], max(0, full.start_us - 1), _BUCKET_TASKS, shared=False)
+        if len(self._buckets) > 100:
+            self._buckets.clear()
+        self._buckets[state, period] = bucket
+        return bucket
 
     def _period(self, state: str, time_us: int) -> int:
         width = _BUCKET_US
@@ -586,8 +598,6 @@ class FemtoQueue:
         return time_us - time_us % width
 
     def _make_room(self) -> None:
-        if not self.maxsize:
-            return
         if self._room <= 0:
             free = self.maxsize - sum(1 for _ in self._walk("pending"))
             if free <= 0:
@@ -615,78 +625,65 @@ class FemtoQueue:
             None only after `timeout`, and never while a task is pending or due. The task is this
             object's for the lease of `timeout_stale_ms`; finish it with `done`, `fail` or `retry`.
         """
-        if timeout is not None:
-            _check_number("timeout", timeout, 0, float("inf"), "seconds, or None to wait for ever")
-        return self._pop(timeout, lambda: False)
+        if timeout:
+            _check_timeout(timeout)
+        return self._pop(timeout)
 
-    def _pop(self, timeout: float | None, stopped: Callable[[], bool]) -> FemtoTask | None:
-        end_s = None if timeout is None else time.monotonic() + timeout
+    def _pop(self, timeout: float | None, stopped: Sequence[int] = ()) -> FemtoTask | None:
+        end_s = 0.0 if timeout == 0 else None if timeout is None else time.monotonic() + timeout
         while True:
-            if self._stamp() >= self._look_at_us:
+            now_us = self._stamp()
+            if now_us >= self._look_at_us:
                 self._look()
-            task = self._take()
+            task = self._take(now_us)
             if task is not None:
                 return task
-            left_s = _POLL_S if end_s is None else end_s - time.monotonic()
-            if left_s <= 0 or stopped():
+            left_s = _POLL_S if end_s is None else end_s and end_s - time.monotonic()
+            if left_s <= 0 or stopped:
                 if not self._look():
                     return None
             elif not self._promote():
                 time.sleep(min(left_s, _POLL_S))
 
-    def _take(self) -> FemtoTask | None:
+    def _take(self, now_us: int) -> FemtoTask | None:
         """Claim the oldest task there is; None if a listing begun here has nothing to claim."""
+        listing = self._listing
         tried: set[str] = set()
         quiet = 0  # listings in a row with nothing new
         begun = False
         while True:
             new = False
-            while (found := self._next()) is not None:
-                directory, name = found
+            while listing and (found := listing.next()):
+                name, directory = found
                 if name in tried:
                     continue  # listed although it is gone, as network filesystems do
-                task = self._claim(directory, name)
+                task = self._claim(directory, name, now_us)
                 if task is not None:
                     return task
                 tried.add(name)
                 new = True
+            if listing:
+                self._remove_if_settled(listing.empty)
             quiet = 0 if new else quiet + begun
-            if quiet and (quiet == 3 or not self._listing_hides_names()):
+            if quiet and (quiet == 3 or not (listing and listing.hides)):
                 return None
             # What is stamped in the future twice over comes from a machine whose clock is ahead.
-            self._begin_listing(everything=quiet == 2)
-            begun = True
-
-    def _next(self) -> tuple[str, str] | None:
-        with self._lock:
-            found = self._listing.next() if self._listing else None
-            empty = self._listing.take_empty() if self._listing else []
-        for bucket in empty:
-            self._remove_if_settled(bucket)
-        return found
-
-    def _listing_hides_names(self) -> bool:
-        with self._lock:
-            return self._listing is not None and self._listing.hides
-
-    def _begin_listing(self, everything: bool) -> None:
-        with self._lock:
-            horizon_us = None if everything else self._clock.now()
-            self._listing = None  # should the next line raise
-            self._listing = _Listing(self._dirs["pending"], horizon_us)
+            horizon_us = None if quiet == 2 else self._clock.now()
+            listing = self._listing = _Listing(self._dirs["pending"], horizon_us)
             self._own_dir_is_made = False
+            begun = True
 
     def _forget_listing(self) -> None:
         """A task went back to its old place, which may be before all that is in hand."""
-        with self._lock:
-            self._listing = None
+        self._listing = None
 
-    def _remove_if_settled(self, bucket: str) -> None:
-        # Not a young one: its producer is about to use it.
-        if self._clock.now() - int(bucket[-16:]) > _SETTLE_US:
-            _remove_directory(bucket)
+    def _remove_if_settled(self, buckets: list[str]) -> None:
+        # Not young ones: their producers are about to use them.
+        for bucket in buckets:
+            if self._clock.now() - int(bucket[-16:]) > _SETTLE_US:
+                _remove_directory(bucket)
 
-    def _claim(self, directory: str, name: str) -> FemtoTask | None:
+    def _claim(self, directory: str, name: str, now_us: int) -> FemtoTask | None:
         """Make one pending task this object's; None if another was quicker, or it cannot be run."""
         parsed = _parse(name)
         if parsed is None:
@@ -696,15 +693,14 @@ class FemtoQueue:
         if self.max_attempts is not None and used >= self.max_attempts:
             self._bury(source, id)
             return None
-        stamp_us = self._clock.stamp()
-        claim = _format(id, used + 1, stamp_us + self._lease_us)
+        claim = _format(id, used + 1, now_us + self._lease_us)
         path = f"{self._own_dir}/{claim}"
         try:
             if not _rename(source, path) and not (self._make_own_directory() and _rename(source, path)):
                 self._miss(claim)
                 return None
             self._misses = 0
-            self._claimed_at_us = stamp_us
+            self._claimed_at_us = now_us
             return self._load(path, id, used + 1)
         except BaseException:
             # It was not delivered: back as it was, now, or at the next look, or after the lease.
@@ -729,9 +725,8 @@ class FemtoQueue:
         self._unsure.add(claim)
         # Everybody tries the same oldest name. Those skipped are found again by the next listing.
         self._misses = min(self._misses + 1, 6)
-        with self._lock:
-            if self._listing:
-                self._listing.skip(os.urandom(1)[0] % (1 << self._misses))
+        if self._listing:
+            self._listing.skip(os.urandom(1)[0] % (1 << self._misses))
 
     def _bury(self, source: str, id: str) -> None:
         _log("%s has used up its %s attempts", id, self.max_attempts)
@@ -744,14 +739,9 @@ class FemtoQueue:
         """Read and check a claimed file; None if it was broken and is in corrupt/ now."""
         descriptor = os.open(path, _READ_FLAGS)
         try:
-            info = os.fstat(descriptor)
-            if not stat.S_ISREG(info.st_mode):
-                raise OSError(errno.EINVAL, "not a regular file any more", path)
-            data = None
-            if info.st_size <= _CHUNK:
-                data = os.read(descriptor, info.st_size)
-                while len(data) < info.st_size and (more := os.read(descriptor, _CHUNK)):
-                    data += more
+            data: bytes | None = os.read(descriptor, _SMALL)
+            if not data or len(data) == _SMALL:
+                data = _read_more(descriptor, path, data or b"")
             skip = _check(id, _chunks(descriptor) if data is None else (data,))
         finally:
             os.close(descriptor)
@@ -760,7 +750,8 @@ class FemtoQueue:
             _rename(path, f"{self._dirs['corrupt']}/{id}")
             return None
         task = FemtoTask(id, data[skip:] if data and skip else data, attempt, path)
-        task._skip = skip
+        if skip:
+            task._payload_at = skip
         return task
 
     def done(self, task: FemtoTask) -> None:
@@ -794,11 +785,10 @@ class FemtoQueue:
         else:
             state, time_us = "pending", int(task.id[:16])
             name = _format(task.id, task.attempt)
-        directory, _ = self._bucket(state, time_us)
+        bucket = self._bucket(state, time_us)
         if self.sync_after_write:
-            _make_directory(directory)
-            _sync(self._dirs[state])
-        self._leave(task, f"{directory}/{name}")
+            self._prepare(bucket, state)
+        self._leave(task, f"{bucket.path}/{name}")
         self._forget_listing()
 
     def touch(self, task: FemtoTask) -> None:
@@ -815,18 +805,17 @@ class FemtoQueue:
 
     def _leave(self, task: FemtoTask, target: str | None) -> None:
         """Take `task` out of in_progress/: to `target`, or away."""
-        self._stamp()
+        if self._closed:
+            raise FemtoQueueError(f"{self!r} is closed; make a new one")
         goal = target or "deleted"
         source = task.path
-        for again in (False, True, True, True):
-            # If only the sync behind the rename failed last time, only that is left to do.
-            if task._moved_to == goal or (_rename(source, target) if target else _unlink(source)):
-                break
-            source = self._locate(task)
-            if target and again:
-                _make_directory(os.path.dirname(target))  # removed by hand, or an empty bucket
-        else:
-            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), target)
+        # If only the sync behind the rename failed last time, only that is left to do.
+        if task._moved_to != goal:
+            while not (_rename(source, target) if target else _unlink(source)):
+                moved = self._locate(task)
+                if target and source == moved:
+                    _make_directory(os.path.dirname(target))  # removed by hand, or an empty bucket
+                source = moved
         if self.sync_after_write:
             task._moved_to = goal
             _sync(os.path.dirname(source), *([os.path.dirname(target)] if target else []))
@@ -892,7 +881,7 @@ class FemtoQueue:
             directory = entry.path if is_bucket else self._dirs["scheduled"]
             names = _names(entry.path) if is_bucket else [entry.name] if _is_file(entry) else []
             if is_bucket and not names:
-                self._remove_if_settled(entry.path)
+                self._remove_if_settled([entry.path])
             for name in names:
                 parsed = _parse(name)
                 if parsed is None:
@@ -927,9 +916,9 @@ class FemtoQueue:
         """Delete what dead writers left half-written."""
         for entry in _list(self._dirs["creating"]):
             owner, _, stamp = entry.name.rpartition("~")
-            if _is_owner(owner) and _is_digits(stamp):
+            if _is_owner(owner) and _is_digits(stamp[:16]):
                 alive = _is_alive(owner, self.node_id)
-                if alive is False or alive is None and now_us - int(stamp) > _ORPHAN_US:
+                if alive is False or (alive is None and now_us - int(stamp[:16]) > _ORPHAN_US):
                     _discard(entry.path)
 
     # --- looking ----------------------------------------------------------------------------------
@@ -951,24 +940,25 @@ class FemtoQueue:
         Lazy where it matters: of pending/, one bucket at a time is in memory.
         """
         _check_state(state, STATES)
-        return (name.partition("~")[0] for _, name in self._walk(state))
+        return (name.partition("~")[0] for name, _ in self._walk(state))
 
     def _walk(self, state: str) -> Iterator[tuple[str, str]]:
-        """Directory and name of each task of `state`, first one first."""
+        """Name and directory of each task of `state`, first one first."""
+        found: Iterable[tuple[str, str]]
         if state == "pending":
             found = iter(_Listing(self._dirs[state]).next, None)
         else:
             by_time = state == "scheduled"
-            found = iter(sorted(self._files(state), key=lambda file: _order(file[1], by_time)))
+            found = sorted(self._files(state), key=lambda file: _order(file[0], by_time))
         last = ""
-        for directory, name in found:
+        for name, directory in found:
             # The same name twice running: readdir of a distributed filesystem.
             if name != last and _parse(name) is not None:
-                yield directory, name
+                yield name, directory
             last = name
 
     def _files(self, state: str, until: str = "~") -> Iterator[tuple[str, str]]:
-        """Directory and name of each regular file, those of the youngest directory first."""
+        """Name and directory of each regular file, those of the youngest directory first."""
         top = self._dirs[state]
         for entry in sorted(_list(top), key=lambda entry: entry.name, reverse=True):
             if entry.name > until:
@@ -978,9 +968,9 @@ class FemtoQueue:
             else:
                 inner = state in _BUCKETED and _is_bucket(entry)
             if inner:
-                yield from ((entry.path, name) for name in _names(entry.path))
+                yield from ((name, entry.path) for name in _names(entry.path))
             elif state != "in_progress" and _is_file(entry):
-                yield top, entry.name
+                yield entry.name, top
 
     def _find(self, id: str, states: Iterable[str]) -> Iterator[tuple[str, str]]:
         """State and path of a task, perhaps more than once: it may move while we search.
@@ -997,7 +987,7 @@ class FemtoQueue:
                     yield state, path
                 continue
             until = f"{id}~" if state == "pending" else "~"  # buckets hold nothing older
-            for directory, name in self._files(state, until):
+            for name, directory in self._files(state, until):
                 if name.partition("~")[0] == id:
                     yield state, f"{directory}/{name}"
 
@@ -1008,14 +998,14 @@ class FemtoQueue:
             now_us = _wall_us() if state == "scheduled" else self._clock.now()
             oldest = None
             count = 0
-            for _, name in self._walk(state):
+            for name, _ in self._walk(state):
                 count += 1
                 parsed = _parse(name)
                 if parsed and oldest is None:
                     oldest = (now_us - (parsed[2] if state == "scheduled" else int(name[:16]))) / 1e6
             states.append({"state": state, "count": count, "oldest_s": oldest})
         claims: dict[str, list[int]] = {}
-        for directory, name in self._walk("in_progress"):
+        for name, directory in self._walk("in_progress"):
             if parsed := _parse(name):
                 claims.setdefault(os.path.basename(directory), []).append(parsed[2])
         alive = {True: "yes", False: "no", None: "unknown"}
@@ -1081,7 +1071,7 @@ class FemtoQueue:
         It only watches: others must be working.
         """
         if timeout is not None:
-            _check_number("timeout", timeout, 0, float("inf"), "seconds, or None to wait for ever")
+            _check_timeout(timeout)
         end_s = None if timeout is None else time.monotonic() + timeout
         # Twice, since a task can move back from in_progress/ behind the reader.
         while any(self._holds(state) for state in STATES[:3] + STATES[:3]):
@@ -1092,7 +1082,7 @@ class FemtoQueue:
         return True
 
     def _holds(self, state: str) -> bool:
-        return any(_parse(name) is not None for _, name in self._files(state))
+        return any(_parse(name) is not None for name, _ in self._files(state))
 
     def close(self) -> None:
         """Give back what this object claimed and did not finish. Every later call raises."""
@@ -1144,7 +1134,7 @@ class FemtoQueue:
         try:
             with _stop_on_signals() as signals:
                 while not signals:
-                    task = self._pop(0.0 if until_empty else None, lambda: bool(signals))
+                    task = self._pop(0.0 if until_empty else None, signals)
                     if task is None:
                         break
                     current[:] = [task]
@@ -1220,12 +1210,14 @@ def _is_digits(text: str, length: int | None = None) -> bool:
 
 
 def _is_id(text: str) -> bool:
-    # isprintable: neither control characters nor names that are not UTF-8.
+    digits = text[:16]
     return (
-        text[16:17] == "_"
-        and _is_digits(text[:16])
-        and text.isprintable()
-        and not ("/" in text or "~" in text)
+        digits.isdigit()
+        and digits.isascii()
+        and text[16:17] == "_"
+        and text.isprintable()  # no control characters, nothing that is not UTF-8
+        and "/" not in text
+        and "~" not in text
         and len(text.encode()) <= _MAX_ID
     )
 
@@ -1249,12 +1241,25 @@ def _is_original(entry: os.DirEntry[str]) -> bool:
         return file.read(len(_LEGACY_MAGIC)) == _LEGACY_MAGIC
 
 
+def _read_more(descriptor: int, path: str, data: bytes) -> bytes | None:
+    """The rest behind `data`; None for more than is kept in memory, rewound to the beginning."""
+    info = os.fstat(descriptor)
+    if not stat.S_ISREG(info.st_mode):
+        raise OSError(errno.EINVAL, "not a regular file any more", path)
+    if info.st_size > _CHUNK:
+        os.lseek(descriptor, 0, os.SEEK_SET)
+        return None
+    return data + b"".join(_chunks(descriptor))
+
+
 def _check(id: str, chunks: Iterable[bytes]) -> int | None:
     """Where in the file the payload begins, or None if the file is broken.
 
     Ours carries its CRC-32 in the id. The original wrote a header with an MD5 digest before it. Anything
     else was put there by somebody else, and is taken as it is.
     """
+    if isinstance(chunks, tuple) and id.endswith(".%08x" % zlib.crc32(chunks[0])):
+        return 0
     stem, _, crc_text = id.rpartition(".")
     nonce = stem.rpartition("_")[2]
     checked = len(crc_text) == 8 and len(nonce) >= 18 and not set(crc_text + nonce) - _HEX
@@ -1284,6 +1289,22 @@ def _order(name: str, by_time: bool) -> tuple[int, str]:
     return (parsed[2] if parsed else 0, name)
 
 
+class _Bucket:
+    """A directory that this object puts tasks into, and what it has put there."""
+
+    def __init__(self, parent: str, start_us: int, room: int, shared: bool) -> None:
+        self.path = f"{parent}/{start_us:016d}"
+        self.start_us = start_us
+        self.room = room
+        self.shared = shared
+        self.used = 0
+        self.newest_us = start_us
+
+    def is_unsettled(self) -> bool:
+        """May its own entry not be on disk? A shared one can be removed and made again by anybody."""
+        return self.shared or self.used < 2
+
+
 class _Listing:
     """The names in pending/, smallest first, opening each bucket only when its turn comes.
 
@@ -1293,10 +1314,12 @@ class _Listing:
 
     def __init__(self, directory: str, horizon_us: int | None = None) -> None:
         self.hides = False
-        self._end = "~" if horizon_us is None else f"{horizon_us:016d}~"
-        self._empty: list[str] = []
+        self.empty: list[str] = []
+        self._end = "~" if horizon_us is None else "%016d~" % horizon_us
         self._directory = directory
-        # Both in descending order: the next one is the last.
+        self._lock = threading.Lock()
+        # All of these in descending order, so that the next one is the last.
+        self._final: list[tuple[str, str]] = []  # nothing that is not in here yet is smaller
         self._hand: list[tuple[str, str]] = []
         self._buckets: list[str] = []
         loose = []
@@ -1308,6 +1331,35 @@ class _Listing:
         self._buckets.sort(reverse=True)
         self._take_up(loose, directory)
 
+    def next(self) -> tuple[str, str] | None:
+        """Name and directory of the next one. Any thread may ask."""
+        while True:
+            try:
+                return self._final.pop()
+            except IndexError:
+                with self._lock:
+                    if not self._final and not self._open_more():
+                        return None
+
+    def skip(self, count: int) -> None:
+        if count:
+            del self._final[-count:]
+
+    def _open_more(self) -> bool:
+        while self._buckets and not (self._hand and self._hand[-1][0] < self._buckets[-1]):
+            bucket = f"{self._directory}/{self._buckets.pop()}"
+            names = _names(bucket)
+            if not names:
+                self.empty.append(bucket)
+            self._take_up(names, bucket)
+        if not self._buckets:
+            self._final, self._hand = self._hand, []
+        else:  # what is smaller than the next bucket's name: nothing in there is older
+            while self._hand and self._hand[-1][0] < self._buckets[-1]:
+                self._final.append(self._hand.pop())
+            self._final.reverse()
+        return bool(self._final)
+
     def _take_up(self, names: list[str], directory: str) -> None:
         for name in names:
             if name[16:17] == "_":
@@ -1316,29 +1368,6 @@ class _Listing:
                 else:
                     self.hides = True
         self._hand.sort(reverse=True)
-
-    def next(self) -> tuple[str, str] | None:
-        """Directory and name of the next one."""
-        # What is smaller than the next bucket's name is final: nothing in there is older.
-        while self._buckets and not (self._hand and self._hand[-1][0] < self._buckets[-1]):
-            bucket = f"{self._directory}/{self._buckets.pop()}"
-            names = _names(bucket)
-            if not names:
-                self._empty.append(bucket)
-            self._take_up(names, bucket)
-        if not self._hand:
-            return None
-        name, directory = self._hand.pop()
-        return directory, name
-
-    def skip(self, count: int) -> None:
-        if count:
-            del self._hand[-count:]
-
-    def take_empty(self) -> list[str]:
-        """Buckets that were found empty since this was last asked."""
-        empty, self._empty = self._empty, []
-        return empty
 
 
 # --- the filesystem: each call that changes, lists or syncs directories stands here once --------------
@@ -1468,16 +1497,17 @@ class _Clock:
     def __init__(self, offset_us: int) -> None:
         self.offset_us = offset_us
         self._last_us = 0
-        self._lock = threading.Lock()
 
     def now(self) -> int:
         return max(_monotonic_us() + self.offset_us, self._last_us)
 
     def stamp(self) -> int:
-        """A time that this process has not stamped anything with: its order is exact within it."""
-        with self._lock:
-            self._last_us = max(_monotonic_us() + self.offset_us, self._last_us + 1)
-            return self._last_us
+        """A time above all that this process has stamped: should the clock be frozen, order is not."""
+        now_us = int(time.monotonic() * 1_000_000) + self.offset_us
+        if now_us <= self._last_us:
+            now_us = self._last_us + 1
+        self._last_us = now_us
+        return now_us
 
 
 _clocks: weakref.WeakValueDictionary[tuple[str, int], _Clock] = weakref.WeakValueDictionary()
@@ -1599,7 +1629,6 @@ def _begin_in_child() -> None:
     _objects.clear()
     for queue in objects:
         queue._begin_in_this_process()
-        queue._clock._lock = threading.Lock()
         _objects[queue._owner] = queue
 
 
@@ -1645,6 +1674,10 @@ def _check_number(name: str, value: float, least: float, most: float, unit: str)
         raise TypeError(f"{name}: expected a number of {unit}, got {type(value).__name__}")
     if not least <= value <= most:
         raise ValueError(f"{name}: {value} is not between {least:g} and {most:g} ({unit})")
+
+
+def _check_timeout(timeout: float) -> None:
+    _check_number("timeout", timeout, 0, float("inf"), "seconds, or None to wait for ever")
 
 
 def _check_int(name: str, value: int, least: int, wanted: str) -> None:
@@ -1855,7 +1888,7 @@ def _command_run(options: argparse.Namespace) -> int:
 
     def handle(task: FemtoTask) -> None:
         with open(task.path, "rb", buffering=0) as payload:
-            payload.seek(task._skip)
+            payload.seek(task._payload_at)
             # The claim is renamed when its lease is renewed; the open file has a name that stays.
             path = f"/proc/{os.getpid()}/fd/{payload.fileno()}"
             environment = {
