@@ -53,7 +53,6 @@ handlers that may run twice. Order between machines is as good as their clocks a
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import itertools
 import os
@@ -244,7 +243,7 @@ class FemtoQueue:
         self._spool_prefix = f"{self._dirs['creating']}/{self._owner}~"
         self._producer = f"{self.node_id}_{os.urandom(6).hex()}"
         self._count = itertools.count()
-        self._buckets: dict[tuple[str, int], _Bucket] = {}
+        self._buckets: dict[str, _Bucket] = {}
         self._listing: _Listing | None = None
         self._misses = 0  # claims in a row that another worker was quicker at
         self._unsure: set[str] = set()  # claims whose rename failed, as far as we were told
@@ -296,7 +295,7 @@ class FemtoQueue:
         if offset_us is None:
             newest_us = self._newest_us()
             offset_us = max(_wall_us(), newest_us + 1) - _monotonic_us()
-            draft, _ = self._spool(0, (f"{offset_us}\n".encode(),))
+            draft, _ = self._spool("clock", (f"{offset_us}\n".encode(),))
             try:
                 try:
                     os.link(draft, path)  # whole at once like a rename, but the first one wins
@@ -359,10 +358,9 @@ class FemtoQueue:
         queue.Full
             If `maxsize` tasks are pending.
         """
-        payload = _payload(data)
-        if self.maxsize:
-            self._make_room()
-        return self._add("pending", self._stamp(), (payload,))
+        if type(data) is not bytes:
+            data = _payload(data)
+        return self._push((data,))
 
     def push_many(self, items: Iterable[bytes | bytearray | memoryview]) -> list[str]:
         """Push all `items`, in order, and return their ids.
@@ -374,38 +372,31 @@ class FemtoQueue:
             raise TypeError("items: expected several payloads, got one; use push()")
         if not self.sync_after_write:
             return [self.push(item) for item in items]
-        written: list[tuple[str, int, int]] = []
-        added: list[str] = []
-        touched: set[str] = set()
+        spooled: list[tuple[str, _Bucket, str]] = []
+        descriptors: list[int] = []
         try:
-            descriptors: list[int] = []
             try:
                 for item in items:
                     if self.maxsize:
                         self._make_room()
-                    stamp_us = self._stamp()
-                    path, crc = self._spool(stamp_us, (_payload(item),), descriptors)
-                    written.append((path, stamp_us, crc))
+                    time_us = self._clock.stamp()
+                    stem = self._new_stem(time_us)
+                    path, crc = self._spool(stem, (_payload(item),), descriptors)
+                    spooled.append((path, self._bucket("pending", time_us), f"{stem}.{crc:08x}"))
                     if len(descriptors) == 100:
-                        _sync_all(descriptors)
-                _sync_all(descriptors)
+                        _sync_files(descriptors)
+                _sync_files(descriptors)
             finally:
-                while descriptors:
-                    os.close(descriptors.pop())
-            ids = []
-            for path, stamp_us, crc in written:
-                id = self._new_id(stamp_us, crc)
-                directories = self._put(path, "pending", stamp_us, id)
-                if directories is None:
-                    raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), path)
-                added.append(f"{directories[0]}/{id}")
-                touched.update(directories)
-                ids.append(id)
-            _sync(*touched)
+                for descriptor in descriptors:
+                    os.close(descriptor)
+            for path, bucket, id in spooled:
+                self._put(path, bucket, id)
+            _sync(*{directory for _, bucket, _ in spooled for directory in bucket.directories()})
         except BaseException:
-            _discard(*(path for path, _, _ in written[len(added) :]), *reversed(added))
+            for path, bucket, id in reversed(spooled):
+                _discard(path, f"{bucket.path}/{id}")
             raise
-        return ids
+        return [id for _, _, id in spooled]
 
     def push_file(self, path: str | os.PathLike[str], *, move: bool = False) -> str:
         """Push a file's content, of any size, without holding it in memory.
@@ -430,21 +421,24 @@ class FemtoQueue:
         try:
             if not stat.S_ISREG(os.fstat(descriptor).st_mode):
                 raise ValueError(f"path: {source!r} is not a regular file")
-            if self.maxsize:
-                self._make_room()
             if move:
+                if self.maxsize:
+                    self._make_room()
                 crc = 0
                 for chunk in _chunks(descriptor):
                     crc = zlib.crc32(chunk, crc)
                 if self.sync_after_write:
-                    _fsync(descriptor)
+                    os.fsync(descriptor)
+                time_us = self._clock.stamp()
+                id = f"{self._new_stem(time_us)}.{crc:08x}"
                 try:
-                    return self._publish(source, "pending", self._stamp(), crc)
+                    self._publish(source, self._bucket("pending", time_us), id)
+                    return id
                 except OSError as error:
                     if error.errno != errno.EXDEV:
                         raise
                 os.lseek(descriptor, 0, os.SEEK_SET)
-            id = self._add("pending", self._stamp(), _chunks(descriptor))
+            id = self._push(_chunks(descriptor))
         finally:
             os.close(descriptor)
         if move:
@@ -469,36 +463,45 @@ class FemtoQueue:
         """
         payload = _payload(data)
         due_us = _due_us(time_us)
-        now_us = self._stamp()
+        now_us = self._clock.stamp()
         # The id is in queue time. Once the wall clock was set, that differs; in steps of 10 ms, so
         # that the noise between two clock readings does not shuffle tasks that are due together.
         lead_us = round(now_us - _wall_us(), -4)
-        return self._add("scheduled", max(now_us, due_us + lead_us), (payload,), due_us)
+        bucket = self._bucket("scheduled", due_us)
+        return self._add(bucket, max(now_us, due_us + lead_us), (payload,), due_us)
 
-    def _stamp(self) -> int:
-        if self._closed:
-            raise FemtoQueueError(f"{self!r} is closed; make a new one")
-        return self._clock.stamp()
+    def _push(self, chunks: Iterable[bytes]) -> str:
+        if self.maxsize:
+            self._make_room()
+        time_us = self._clock.stamp()
+        return self._add(self._bucket("pending", time_us), time_us, chunks)
 
-    def _add(self, state: str, time_us: int, chunks: Iterable[bytes], due_us: int | None = None) -> str:
-        path, crc = self._spool(self._clock.stamp() if due_us else time_us, chunks)
+    def _add(
+        self, bucket: _Bucket, time_us: int, chunks: Iterable[bytes], due_us: int | None = None
+    ) -> str:
+        stem = self._new_stem(time_us)
+        path, crc = self._spool(stem, chunks)
+        id = "%s.%08x" % (stem, crc)
         try:
-            return self._publish(path, state, time_us, crc, due_us)
+            self._publish(path, bucket, id if due_us is None else _format(id, 0, due_us))
         except BaseException:
             _discard(path)
             raise
+        return id
+
+    def _new_stem(self, time_us: int) -> str:
+        """An id but for its checksum."""
+        return "%016d_%s%06x" % (time_us, self._producer, next(self._count))
 
     def _spool(
-        self, stamp_us: int, chunks: Iterable[bytes], descriptors: list[int] | None = None
+        self, stem: str, chunks: Iterable[bytes], descriptors: list[int] | None = None
     ) -> tuple[str, int]:
         """Write a file in creating/; return its path and CRC-32.
 
         With `descriptors`, it is left open there for the caller, who syncs and closes many at once.
         """
-        path = "%s%016d.%x" % (self._spool_prefix, stamp_us, next(self._count))
+        path = self._spool_prefix + stem
         descriptor = os.open(path, _WRITE_FLAGS, 0o666)
-        if descriptors is not None:
-            descriptors.append(descriptor)
         try:
             try:
                 crc = 0
@@ -508,58 +511,42 @@ class FemtoQueue:
                     while written < len(chunk):
                         written += os.write(descriptor, memoryview(chunk)[written:])
                 if self.sync_after_write and descriptors is None:
-                    _fsync(descriptor)
+                    os.fsync(descriptor)
             finally:
                 if descriptors is None:
                     os.close(descriptor)  # where a network filesystem reports a failed write
+                else:
+                    descriptors.append(descriptor)
         except BaseException:
             _discard(path)
             raise
         return path, crc
 
-    def _publish(
-        self, source: str, state: str, time_us: int, crc: int, due_us: int | None = None
-    ) -> str:
-        """Make a whole file a task; if that fails, it is no task."""
-        id = self._new_id(time_us, crc)
-        name = id if due_us is None else _format(id, 0, due_us)
-        touched = self._put(source, state, due_us or time_us, name)
-        if touched is None:
-            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), source)
-        if self.sync_after_write:
-            try:
-                _sync(*touched)
-            except BaseException:
-                # Withdrawn, unless a worker has it already. A moved file is where it was.
-                with contextlib.suppress(OSError):
-                    _rename(f"{touched[0]}/{name}", source)
-                raise
-        return id
+    def _publish(self, source: str, bucket: _Bucket, name: str) -> None:
+        """Make a whole file a task, for good; if that fails, it is no task."""
+        try:
+            if not self._put(source, bucket, name):
+                raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), source)
+            if self.sync_after_write:
+                _sync(*bucket.directories())
+        except BaseException:
+            # Withdrawn, unless a worker has it already. A file that was to be moved is where it was.
+            _give_way(f"{bucket.path}/{name}", source)
+            raise
 
-    def _new_id(self, time_us: int, crc: int) -> str:
-        return "%016d_%s%06x.%08x" % (time_us, self._producer, next(self._count), crc)
-
-    def _put(self, source: str, state: str, time_us: int, name: str) -> tuple[str, ...] | None:
-        """Rename `source` into a bucket; return the directories to sync, or None if it is gone."""
-        bucket = self._bucket(state, time_us)
+    def _put(self, source: str, bucket: _Bucket, name: str) -> bool:
+        """Rename `source` into a bucket; False if it is gone."""
         target = f"{bucket.path}/{name}"
         if self.sync_after_write:
-            self._prepare(bucket, state)
+            bucket.prepare()
         for again in (False, True, True, True):
             if _rename(source, target):
-                break
+                return True
             # Buckets are removed when they are empty, even between the two lines above.
             if not _make_directory(bucket.path) and again:
-                if os.path.lexists(target):
-                    break  # over NFS a rename that was sent twice succeeds and then reports ENOENT
-                return None
-        return (bucket.path, self._dirs[state]) if bucket.is_unsettled() else (bucket.path,)
-
-    def _prepare(self, bucket: _Bucket, state: str) -> None:
-        """A task must not be moved below a directory that a power cut would take away."""
-        if bucket.is_unsettled():
-            _make_directory(bucket.path)
-            _sync(self._dirs[state])
+                break
+        # Over NFS, a rename that was sent twice succeeds and then reports ENOENT: rename(2), BUGS.
+        return os.path.lexists(target)
 
     def _bucket(self, state: str, time_us: int) -> _Bucket:
         """Choose a directory for a task of this time.
@@ -568,34 +555,24 @@ class FemtoQueue:
         1,000 tasks, so that no directory becomes large. In scheduled/ the periods are a tenth of the
         wait or shorter: a bucket that has begun soon falls due as a whole.
         """
-        period = self._period(state, time_us)
-        bucket = self._buckets.get((state, period))
-        if bucket is None or bucket.used >= bucket.room or time_us < bucket.start_us:
-            bucket = self._next_bucket(state, period, time_us, bucket)
+        bucket = self._buckets.get(state)
+        if bucket is None or not (
+            bucket.start_us <= time_us < bucket.end_us and bucket.used < bucket.room
+        ):
+            bucket = self._buckets[state] = self._next_bucket(state, time_us, bucket)
         bucket.used += 1
         if time_us > bucket.newest_us:
             bucket.newest_us = time_us
         return bucket
 
-    def _next_bucket(self, state: str, period: int, time_us: int, full: _Bucket | None) -> _Bucket:
-        if full is None:
-            # Durable producers leave the shared one soon: there each task costs one sync more.
-            room = 1 if self.sync_after_write else _BUCKET_TASKS
-            bucket = _Bucket(self._dirs[state], period, room, shared=True)
-        elif full.shared and time_us > period or not full.start_us <= time_us <= full.newest_us:
-            bucket = _Bucket(self._dirs[state], time_us, _BUCKET_TASKS, shared=False)
-        else:  # tasks without end for one and the same time
-            bucket = _Bucket(self._dirs[state], max(0, full.start_us - 1), _BUCKET_TASKS, shared=False)
-        if len(self._buckets) > 100:
-            self._buckets.clear()
-        self._buckets[state, period] = bucket
-        return bucket
-
-    def _period(self, state: str, time_us: int) -> int:
-        width = _BUCKET_US
-        if state == "scheduled":
-            width = max(10**7, 10 ** (len(str(max(0, time_us - _wall_us()))) - 2))
-        return time_us - time_us % width
+    def _next_bucket(self, state: str, time_us: int, last: _Bucket | None) -> _Bucket:
+        start_us, end_us = _period(state, time_us)
+        shared = last is None or not start_us <= last.start_us < end_us
+        if last is not None and not shared:
+            beyond = time_us > last.newest_us or time_us < last.start_us
+            # Below the full one if it is of the very same time: due times can be alike without end.
+            start_us = time_us if beyond or last.shared else max(0, last.start_us - 1)
+        return _Bucket(self._dirs[state], start_us, end_us, shared, self.sync_after_write)
 
     def _make_room(self) -> None:
         if self._room <= 0:
@@ -632,7 +609,7 @@ class FemtoQueue:
     def _pop(self, timeout: float | None, stopped: Sequence[int] = ()) -> FemtoTask | None:
         end_s = 0.0 if timeout == 0 else None if timeout is None else time.monotonic() + timeout
         while True:
-            now_us = self._stamp()
+            now_us = self._clock.stamp()
             if now_us >= self._look_at_us:
                 self._look()
             task = self._take(now_us)
@@ -673,10 +650,6 @@ class FemtoQueue:
             self._own_dir_is_made = False
             begun = True
 
-    def _forget_listing(self) -> None:
-        """A task went back to its old place, which may be before all that is in hand."""
-        self._listing = None
-
     def _remove_if_settled(self, buckets: list[str]) -> None:
         # Not young ones: their producers are about to use them.
         for bucket in buckets:
@@ -705,10 +678,8 @@ class FemtoQueue:
         except BaseException:
             # It was not delivered: back as it was, now, or at the next look, or after the lease.
             self._unsure.add(claim)
-            with contextlib.suppress(OSError):
-                if os.path.lexists(path):
-                    self._put_back(path, name)
-            self._forget_listing()
+            self._listing = None
+            _give_way(path, source)
             raise
 
     def _make_own_directory(self) -> bool:
@@ -749,9 +720,10 @@ class FemtoQueue:
             _log("%s does not match its checksum; it is in corrupt/", id)
             _rename(path, f"{self._dirs['corrupt']}/{id}")
             return None
-        task = FemtoTask(id, data[skip:] if data and skip else data, attempt, path)
-        if skip:
-            task._payload_at = skip
+        if not skip:
+            return FemtoTask(id, data, attempt, path)
+        task = FemtoTask(id, data and data[skip:], attempt, path)
+        task._payload_at = skip
         return task
 
     def done(self, task: FemtoTask) -> None:
@@ -787,13 +759,13 @@ class FemtoQueue:
             name = _format(task.id, task.attempt)
         bucket = self._bucket(state, time_us)
         if self.sync_after_write:
-            self._prepare(bucket, state)
+            bucket.prepare()
         self._leave(task, f"{bucket.path}/{name}")
-        self._forget_listing()
+        self._listing = None  # its old place may be before all that is in hand
 
     def touch(self, task: FemtoTask) -> None:
         """Begin a new full lease for `task`. Raises like `done`."""
-        name = _format(task.id, task.attempt, self._stamp() + self._lease_us)
+        name = _format(task.id, task.attempt, self._clock.stamp() + self._lease_us)
         source = task.path
         for _ in range(3):
             target = f"{os.path.dirname(source)}/{name}"
@@ -806,7 +778,7 @@ class FemtoQueue:
     def _leave(self, task: FemtoTask, target: str | None) -> None:
         """Take `task` out of in_progress/: to `target`, or away."""
         if self._closed:
-            raise FemtoQueueError(f"{self!r} is closed; make a new one")
+            self._clock.stamp()
         goal = target or "deleted"
         source = task.path
         # If only the sync behind the rename failed last time, only that is left to do.
@@ -871,14 +843,17 @@ class FemtoQueue:
     def _promote(self) -> bool:
         """Make due tasks pending, earliest first; sort those not due yet into closer buckets."""
         now_us = _wall_us()
+        top = self._dirs["scheduled"]
         due: list[tuple[int, str, str]] = []
         next_due_us = _MAX_US
-        strays = 0
-        for entry in sorted(_list(self._dirs["scheduled"]), key=lambda entry: entry.name):
-            if len(due) >= _BATCH or (is_bucket := _is_bucket(entry)) and int(entry.name) > now_us:
-                next_due_us = min(next_due_us, int(entry.name[:16]))
+        moved_closer = 0
+        entries = [entry for entry in _list(top) if _is_digits(entry.name[:16], 16)]
+        for entry in sorted(entries, key=lambda entry: entry.name):
+            start_us = int(entry.name[:16])
+            if start_us > now_us or len(due) >= _BATCH:
+                next_due_us = min(next_due_us, start_us)
                 break
-            directory = entry.path if is_bucket else self._dirs["scheduled"]
+            is_bucket = _is_bucket(entry)
             names = _names(entry.path) if is_bucket else [entry.name] if _is_file(entry) else []
             if is_bucket and not names:
                 self._remove_if_settled([entry.path])
@@ -886,28 +861,25 @@ class FemtoQueue:
                 parsed = _parse(name)
                 if parsed is None:
                     continue
-                due_us = parsed[2]
+                id, used, due_us = parsed
+                path = f"{entry.path}/{name}" if is_bucket else entry.path
                 if due_us <= now_us:
-                    due.append((due_us, _format(*parsed[:2]), f"{directory}/{name}"))
+                    due.append((due_us, _format(id, used), path))
                     continue
                 next_due_us = min(next_due_us, due_us)
-                if (
-                    is_bucket
-                    and strays < _BATCH
-                    and self._period("scheduled", due_us) > int(entry.name)
-                ):
-                    strays += self._put(f"{directory}/{name}", "scheduled", due_us, name) is not None
+                if moved_closer < _BATCH and _period("scheduled", due_us)[0] > start_us:
+                    moved_closer += self._put(path, self._bucket("scheduled", due_us), name)
         moved = sum(self._put_back(path, name) for _, name, path in sorted(due)[:_BATCH])
         self._look_at_us = min(self._look_at_us, self._clock.now() + max(0, next_due_us - now_us))
         return self._moved(moved)
 
     def _put_back(self, path: str, name: str) -> bool:
         """Make a task pending, at its old place; False if it is not there any more."""
-        return self._put(path, "pending", int(name[:16]), name) is not None
+        return self._put(path, self._bucket("pending", int(name[:16])), name)
 
     def _moved(self, count: int) -> bool:
         if count:
-            self._forget_listing()
+            self._listing = None
             if self.sync_after_write:
                 _sync(self._dirs["pending"])
         return count > 0
@@ -1038,11 +1010,11 @@ class FemtoQueue:
         False if there is none of this id. A corrupt one must have been repaired, or is corrupt again.
         """
         for _, path in self._find(id, ("failed", "corrupt", "done")):
-            touched = self._put(path, "pending", int(id[:16]), id)
-            if touched:
-                self._forget_listing()
+            bucket = self._bucket("pending", int(id[:16]))
+            if self._put(path, bucket, id):
+                self._listing = None
                 if self.sync_after_write:
-                    _sync(*touched, os.path.dirname(path))
+                    _sync(*bucket.directories(), os.path.dirname(path))
                 return True
         return False
 
@@ -1057,10 +1029,12 @@ class FemtoQueue:
         count = 0
         for entry in _list(self._dirs[state]):
             if _is_id(entry.name) and _is_file(entry):
-                with contextlib.suppress(FileNotFoundError):  # somebody else purges as well
+                try:
                     info = entry.stat(follow_symlinks=False)
-                    if max(info.st_ctime, info.st_mtime) <= until_s:
-                        count += _unlink(entry.path)
+                except FileNotFoundError:
+                    continue  # somebody else purges as well
+                if max(info.st_ctime, info.st_mtime) <= until_s:
+                    count += _unlink(entry.path)
         if count and self.sync_after_write:
             _sync(self._dirs[state])
         return count
@@ -1089,6 +1063,7 @@ class FemtoQueue:
         if self._closed:
             return
         self._closed = True
+        self._clock = _StoppedClock(self._clock.offset_us)
         _objects.pop(self._owner, None)  # from here on it is judged dead, should this be cut short
         for name in _names(self._own_dir):
             if parsed := _parse(name):
@@ -1132,7 +1107,7 @@ class FemtoQueue:
         heart = threading.Thread(target=self._keep_alive, args=(current, ended), daemon=True)
         heart.start()
         try:
-            with _stop_on_signals() as signals:
+            with _StopOnSignals() as signals:
                 while not signals:
                     task = self._pop(0.0 if until_empty else None, signals)
                     if task is None:
@@ -1141,8 +1116,10 @@ class FemtoQueue:
                     try:
                         count += self._handle(task, handler)
                     except BaseException:
-                        with contextlib.suppress(NotInProgress):
+                        try:
                             self._give_back(task, 0)
+                        except NotInProgress:
+                            pass  # it was finished before the exception came
                         raise
                     finally:
                         current.clear()
@@ -1292,17 +1269,37 @@ def _order(name: str, by_time: bool) -> tuple[int, str]:
 class _Bucket:
     """A directory that this object puts tasks into, and what it has put there."""
 
-    def __init__(self, parent: str, start_us: int, room: int, shared: bool) -> None:
-        self.path = f"{parent}/{start_us:016d}"
+    def __init__(self, parent: str, start_us: int, end_us: int, shared: bool, durable: bool) -> None:
+        self.parent = parent
+        self.path = "%s/%016d" % (parent, start_us)
         self.start_us = start_us
-        self.room = room
+        self.end_us = end_us
         self.shared = shared
+        # Durable producers leave the shared one soon: there each task costs a sync more.
+        self.room = 1 if durable and shared else _BUCKET_TASKS
         self.used = 0
         self.newest_us = start_us
 
-    def is_unsettled(self) -> bool:
-        """May its own entry not be on disk? A shared one can be removed and made again by anybody."""
-        return self.shared or self.used < 2
+    def directories(self) -> tuple[str, ...]:
+        """What to sync after a task was put here.
+
+        The bucket's own entry too, where it may be new: anybody can remove and remake a shared one.
+        """
+        return (self.path, self.parent) if self.shared or self.used < 2 else (self.path,)
+
+    def prepare(self) -> None:
+        """Make sure that no task is moved below a directory that a power cut would take away."""
+        if self.shared or self.used < 2:
+            _make_directory(self.path)
+            _sync(self.parent)
+
+
+def _period(state: str, time_us: int) -> tuple[int, int]:
+    """Begin and end of the time for which all producers share a bucket."""
+    width = _BUCKET_US
+    if state == "scheduled":
+        width = max(10**7, 10 ** (len(str(max(0, time_us - _wall_us()))) - 2))
+    return time_us - time_us % width, time_us - time_us % width + width
 
 
 class _Listing:
@@ -1397,8 +1394,18 @@ def _unlink(path: str) -> bool:
 def _discard(*paths: str) -> None:
     """Delete what must not stay if that can be helped: the error that led here is what counts."""
     for path in paths:
-        with contextlib.suppress(OSError):
+        try:
             os.unlink(path)
+        except OSError:
+            pass
+
+
+def _give_way(source: str, target: str) -> None:
+    """Rename back after a failure, if it went that far and if that can be helped."""
+    try:
+        os.rename(source, target)
+    except OSError:
+        pass
 
 
 def _list(directory: str) -> list[os.DirEntry[str]]:
@@ -1443,12 +1450,10 @@ def _make_directory(path: str) -> list[str]:
 
 def _remove_directory(path: str) -> None:
     # Somebody else may fill, remove or own it. An empty directory that stays costs one listing.
-    with contextlib.suppress(OSError):
+    try:
         os.rmdir(path)
-
-
-def _fsync(descriptor: int) -> None:
-    os.fsync(descriptor)
+    except OSError:
+        pass
 
 
 def _sync(*directories: str) -> None:
@@ -1458,21 +1463,19 @@ def _sync(*directories: str) -> None:
     for directory in directories:
         descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
         try:
-            _fsync(descriptor)
+            os.fsync(descriptor)
         finally:
             os.close(descriptor)
 
 
-def _sync_all(descriptors: list[int]) -> None:
+def _sync_files(descriptors: list[int]) -> None:
     """Sync and close files; begin to write all of them before waiting for the first."""
     if hasattr(os, "posix_fadvise"):
         for descriptor in descriptors:
             os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
     while descriptors:
-        try:
-            _fsync(descriptors[0])
-        finally:
-            os.close(descriptors.pop(0))
+        os.fsync(descriptors[-1])
+        os.close(descriptors.pop())
 
 
 def _chunks(descriptor: int) -> Iterator[bytes]:
@@ -1508,6 +1511,13 @@ class _Clock:
             now_us = self._last_us + 1
         self._last_us = now_us
         return now_us
+
+
+class _StoppedClock(_Clock):
+    """The clock of a closed queue: nothing can be stamped any more."""
+
+    def stamp(self) -> int:
+        raise FemtoQueueError("this FemtoQueue is closed; make a new one")
 
 
 _clocks: weakref.WeakValueDictionary[tuple[str, int], _Clock] = weakref.WeakValueDictionary()
@@ -1698,27 +1708,29 @@ def _log(message: str, *arguments: object, error: Exception | None = None) -> No
     logging.getLogger("femtoqueue").warning(message, *arguments, exc_info=error)
 
 
-@contextlib.contextmanager
-def _stop_on_signals() -> Iterator[list[int]]:
-    """Collect SIGTERM and SIGINT, raise at the second one. Only the main thread gets signals."""
-    import signal
+class _StopOnSignals:
+    """Collects SIGTERM and SIGINT, and raises at the second one. Only the main thread gets signals."""
 
-    caught: list[int] = []
+    def __enter__(self) -> list[int]:
+        import signal
 
-    def catch(number: int, frame: types.FrameType | None) -> None:
-        caught.append(number)
-        if len(caught) > 1:
-            raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(128 + number)
+        self._signal = signal.signal
+        self._before = {}
+        caught: list[int] = []
 
-    if threading.current_thread() is not threading.main_thread():
-        yield caught
-        return
-    before = {number: signal.signal(number, catch) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield caught
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+        def catch(number: int, frame: types.FrameType | None) -> None:
+            caught.append(number)
+            if len(caught) > 1:
+                raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(128 + number)
+
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGTERM, signal.SIGINT):
+                self._before[number] = signal.signal(number, catch) or signal.SIG_DFL
+        return caught
+
+    def __exit__(self, *exception: object) -> None:
+        for number, handler in self._before.items():
+            self._signal(number, handler)
 
 
 # --- the command line ---------------------------------------------------------------------------------
@@ -1856,7 +1868,7 @@ def _command_push(options: argparse.Namespace) -> int:
     for path in options.files:
         print(queue.push_file(path), flush=True)
     if not options.files:
-        print(queue._add("pending", queue._stamp(), _chunks(0)))
+        print(queue._push(_chunks(0)))
     return 0
 
 
