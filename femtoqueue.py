@@ -56,6 +56,7 @@ from __future__ import annotations
 import errno
 import itertools
 import os
+import re
 import stat
 import threading
 import time
@@ -77,7 +78,11 @@ _BUCKETED = ("scheduled", "pending")
 _FINISHED = ("done", "failed", "corrupt")
 
 _MAX_US = 10**16  # times have 16 digits
-_MAX_ID = 220  # bytes; "~n~deadline" must still fit into the 255 of a file name
+# An id, deliveries used up, due time or deadline. Printable, so that an id is one line anywhere; no
+# surrogates, which are names that are not UTF-8; and short enough for a claim's name to fit into 255.
+_NAME = re.compile(
+    r"([0-9]{16}_[^~/\x00-\x1f\x7f-\x9f\ud800-\udfff]{1,200})(?:~([0-9]{1,9})(?:~([0-9]{16}))?)?"
+)
 _BUCKET_US = 10**9
 _BUCKET_TASKS = 1_000
 _BATCH = 1_000  # due or abandoned tasks that one pop moves at most
@@ -87,7 +92,7 @@ _SETTLE_US = 2_000_000  # an empty directory must be older than this to be remov
 _ORPHAN_US = 86_400_000_000  # a half-written file whose writer cannot be judged
 _POLL_S = 0.008
 _CHUNK = 1 << 20  # a larger payload is not kept in memory
-_SMALL = 1 << 16  # what one read gets of a payload: measured, no slower than asking for its size first
+_SMALL = 1 << 12  # read at once; more costs a page fault each time, asking for the size a system call
 _WRITE_FLAGS = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
 # A FIFO or a link that carries a task's name must neither block the reader nor lead it elsewhere.
 _NO_FOLLOW = getattr(os, "O_NOFOLLOW", 0)
@@ -95,6 +100,7 @@ _READ_FLAGS = os.O_RDONLY | _NO_FOLLOW | getattr(os, "O_NONBLOCK", 0) | getattr(
 # The first bytes of a payload that version 0.3 or 0.4 of the original femtoqueue wrote; MD5 follows.
 _LEGACY_MAGIC = b"\x01" + bytes(7)
 _LEGACY_HEADER = 24
+_NONE: frozenset[str] = frozenset()
 _HEX = set("0123456789abcdef")
 _LAST_CLOCK_US = 7_258_118_400_000_000  # the year 2200: a stray name must not drag the clock along
 # What rename, open and scandir say of a file that somebody else has moved. ESTALE: over NFS.
@@ -612,8 +618,7 @@ class FemtoQueue:
             now_us = self._clock.stamp()
             if now_us >= self._look_at_us:
                 self._look()
-            task = self._take(now_us)
-            if task is not None:
+            if task := self._take(now_us):
                 return task
             left_s = _POLL_S if end_s is None else end_s and end_s - time.monotonic()
             if left_s <= 0 or stopped:
@@ -625,7 +630,7 @@ class FemtoQueue:
     def _take(self, now_us: int) -> FemtoTask | None:
         """Claim the oldest task there is; None if a listing begun here has nothing to claim."""
         listing = self._listing
-        tried: set[str] = set()
+        tried = _NONE
         quiet = 0  # listings in a row with nothing new
         begun = False
         while True:
@@ -637,7 +642,7 @@ class FemtoQueue:
                 task = self._claim(directory, name, now_us)
                 if task is not None:
                     return task
-                tried.add(name)
+                tried |= {name}
                 new = True
             if listing:
                 self._remove_if_settled(listing.empty)
@@ -713,6 +718,8 @@ class FemtoQueue:
             data: bytes | None = os.read(descriptor, _SMALL)
             if not data or len(data) == _SMALL:
                 data = _read_more(descriptor, path, data or b"")
+            if data is not None and id.endswith(".%08x" % zlib.crc32(data)):
+                return FemtoTask(id, data, attempt, path)
             skip = _check(id, _chunks(descriptor) if data is None else (data,))
         finally:
             os.close(descriptor)
@@ -720,8 +727,6 @@ class FemtoQueue:
             _log("%s does not match its checksum; it is in corrupt/", id)
             _rename(path, f"{self._dirs['corrupt']}/{id}")
             return None
-        if not skip:
-            return FemtoTask(id, data, attempt, path)
         task = FemtoTask(id, data and data[skip:], attempt, path)
         task._payload_at = skip
         return task
@@ -1160,7 +1165,7 @@ class FemtoQueue:
 def _format(id: str, used: int, time_us: int | None = None) -> str:
     """The file name of a task that was delivered `used` times; `time_us`: its due time or deadline."""
     if time_us is not None:
-        return f"{id}~{used}~{time_us:016d}"
+        return "%s~%d~%016d" % (id, used, time_us)
     return f"{id}~{used}" if used else id
 
 
@@ -1169,17 +1174,16 @@ def _parse(name: str) -> tuple[str, int, int] | None:
 
     A name without a time, as shell scripts and the original make them, is due at the time in its id.
     """
-    id, _, rest = name.partition("~")
-    if not _is_id(id):
+    match = _NAME.fullmatch(name)
+    if match is None or not _fits(name):
         return None
-    if not rest:
-        return (id, 0, int(id[:16])) if id == name else None
-    used, _, time_text = rest.partition("~")
-    if not (_is_digits(used) and len(used) < 10):
-        return None
-    if not time_text:
-        return (id, int(used), int(id[:16])) if used == rest else None
-    return (id, int(used), int(time_text)) if _is_digits(time_text, 16) else None
+    id, used, time_text = match.groups()
+    return id, int(used or 0), int(time_text or id[:16])
+
+
+def _fits(name: str) -> bool:
+    """Is there room for `~n~deadline` behind this name? Bytes are what counts: 255, says NAME_MAX."""
+    return name.isascii() or len(name.encode()) <= 216
 
 
 def _is_digits(text: str, length: int | None = None) -> bool:
@@ -1187,16 +1191,7 @@ def _is_digits(text: str, length: int | None = None) -> bool:
 
 
 def _is_id(text: str) -> bool:
-    digits = text[:16]
-    return (
-        digits.isdigit()
-        and digits.isascii()
-        and text[16:17] == "_"
-        and text.isprintable()  # no control characters, nothing that is not UTF-8
-        and "/" not in text
-        and "~" not in text
-        and len(text.encode()) <= _MAX_ID
-    )
+    return "~" not in text and _parse(text) is not None
 
 
 def _is_bucket(entry: os.DirEntry[str]) -> bool:
@@ -1235,8 +1230,6 @@ def _check(id: str, chunks: Iterable[bytes]) -> int | None:
     Ours carries its CRC-32 in the id. The original wrote a header with an MD5 digest before it. Anything
     else was put there by somebody else, and is taken as it is.
     """
-    if isinstance(chunks, tuple) and id.endswith(".%08x" % zlib.crc32(chunks[0])):
-        return 0
     stem, _, crc_text = id.rpartition(".")
     nonce = stem.rpartition("_")[2]
     checked = len(crc_text) == 8 and len(nonce) >= 18 and not set(crc_text + nonce) - _HEX
