@@ -53,12 +53,12 @@ handlers that may run twice. Order between machines is as good as their clocks a
 
 from __future__ import annotations
 
+import _thread
 import errno
 import itertools
 import os
-import re
 import stat
-import threading
+import sys
 import time
 import weakref
 import zlib
@@ -67,6 +67,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:  # typing costs more to import than all the rest
     import argparse
     import datetime
+    import threading
     import types
     from collections.abc import Callable, Iterable, Iterator, Sequence
 
@@ -78,11 +79,7 @@ _BUCKETED = ("scheduled", "pending")
 _FINISHED = ("done", "failed", "corrupt")
 
 _MAX_US = 10**16  # times have 16 digits
-# An id, deliveries used up, due time or deadline. Printable, so that an id is one line anywhere; no
-# surrogates, which are names that are not UTF-8; and short enough for a claim's name to fit into 255.
-_NAME = re.compile(
-    r"([0-9]{16}_[^~/\x00-\x1f\x7f-\x9f\ud800-\udfff]{1,200})(?:~([0-9]{1,9})(?:~([0-9]{16}))?)?"
-)
+_MAX_ID = 216  # bytes: the name of a claim, "~n~deadline" behind the id, must fit into NAME_MAX, 255
 _BUCKET_US = 10**9
 _BUCKET_TASKS = 1_000
 _BATCH = 1_000  # due or abandoned tasks that one pop moves at most
@@ -100,6 +97,7 @@ _READ_FLAGS = os.O_RDONLY | _NO_FOLLOW | getattr(os, "O_NONBLOCK", 0) | getattr(
 # The first bytes of a payload that version 0.3 or 0.4 of the original femtoqueue wrote; MD5 follows.
 _LEGACY_MAGIC = b"\x01" + bytes(7)
 _LEGACY_HEADER = 24
+_LEFT: tuple[str, str | None, tuple[str, ...]] = ("", None, ())
 _NONE: frozenset[str] = frozenset()
 _HEX = set("0123456789abcdef")
 _LAST_CLOCK_US = 7_258_118_400_000_000  # the year 2200: a stray name must not drag the clock along
@@ -134,7 +132,8 @@ class FemtoTask:
 
     lost = False
     _payload_at = 0  # where in the file the payload begins
-    _moved_to: str | None = None  # by a rename that is not known to be on disk
+    _copied = False  # somebody else may finish it
+    _leaving: tuple[str, str | None, tuple[str, ...]] | None = None  # verdict, target, what to sync
 
     def __init__(self, id: str, data: bytes | None, attempt: int = 1, path: str = "") -> None:
         self.id = id
@@ -152,6 +151,10 @@ class FemtoTask:
         with open(self.path, "rb") as file:
             file.seek(self._payload_at)
             return file.read()
+
+    def __getstate__(self) -> dict[str, object]:
+        self._copied = True
+        return vars(self)
 
     def __repr__(self) -> str:
         return f"FemtoTask(id={self.id!r}, attempt={self.attempt})"
@@ -378,7 +381,9 @@ class FemtoQueue:
             raise TypeError("items: expected several payloads, got one; use push()")
         if not self.sync_after_write:
             return [self.push(item) for item in items]
-        spooled: list[tuple[str, _Bucket, str]] = []
+        spooled: list[tuple[str, int, str]] = []
+        added: list[str] = []
+        touched: set[str] = set()
         descriptors: list[int] = []
         try:
             try:
@@ -388,19 +393,22 @@ class FemtoQueue:
                     time_us = self._clock.stamp()
                     stem = self._new_stem(time_us)
                     path, crc = self._spool(stem, (_payload(item),), descriptors)
-                    spooled.append((path, self._bucket("pending", time_us), f"{stem}.{crc:08x}"))
+                    spooled.append((path, time_us, f"{stem}.{crc:08x}"))
                     if len(descriptors) == 100:
                         _sync_files(descriptors)
                 _sync_files(descriptors)
             finally:
                 for descriptor in descriptors:
                     os.close(descriptor)
-            for path, bucket, id in spooled:
-                self._put(path, bucket, id)
-            _sync(*{directory for _, bucket, _ in spooled for directory in bucket.directories()})
+            for path, time_us, id in spooled:
+                bucket = self._bucket("pending", time_us)
+                added.append(f"{bucket.path}/{id}")
+                if not self._put(path, bucket, id):
+                    raise _gone(path)
+                touched.update(bucket.directories())
+            _sync(*touched)
         except BaseException:
-            for path, bucket, id in reversed(spooled):
-                _discard(path, f"{bucket.path}/{id}")
+            _discard(*reversed(added), *(path for path, _, _ in spooled))
             raise
         return [id for _, _, id in spooled]
 
@@ -532,7 +540,7 @@ class FemtoQueue:
         """Make a whole file a task, for good; if that fails, it is no task."""
         try:
             if not self._put(source, bucket, name):
-                raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), source)
+                raise _gone(source)
             if self.sync_after_write:
                 _sync(*bucket.directories())
         except BaseException:
@@ -543,12 +551,13 @@ class FemtoQueue:
     def _put(self, source: str, bucket: _Bucket, name: str) -> bool:
         """Rename `source` into a bucket; False if it is gone."""
         target = f"{bucket.path}/{name}"
-        if self.sync_after_write:
-            bucket.prepare()
         for again in (False, True, True, True):
+            if self.sync_after_write:
+                bucket.prepare()
             if _rename(source, target):
                 return True
             # Buckets are removed when they are empty, even between the two lines above.
+            bucket.settled = False
             if not _make_directory(bucket.path) and again:
                 break
         # Over NFS, a rename that was sent twice succeeds and then reports ENOENT: rename(2), BUGS.
@@ -614,18 +623,19 @@ class FemtoQueue:
 
     def _pop(self, timeout: float | None, stopped: Sequence[int] = ()) -> FemtoTask | None:
         end_s = 0.0 if timeout == 0 else None if timeout is None else time.monotonic() + timeout
-        while True:
+        while not stopped:
             now_us = self._clock.stamp()
             if now_us >= self._look_at_us:
                 self._look()
             if task := self._take(now_us):
                 return task
             left_s = _POLL_S if end_s is None else end_s and end_s - time.monotonic()
-            if left_s <= 0 or stopped:
+            if left_s <= 0:
                 if not self._look():
                     return None
             elif not self._promote():
                 time.sleep(min(left_s, _POLL_S))
+        return None
 
     def _take(self, now_us: int) -> FemtoTask | None:
         """Claim the oldest task there is; None if a listing begun here has nothing to claim."""
@@ -704,12 +714,17 @@ class FemtoQueue:
         if self._listing:
             self._listing.skip(os.urandom(1)[0] % (1 << self._misses))
 
-    def _bury(self, source: str, id: str) -> None:
+    def _bury(self, path: str, id: str) -> None:
         _log("%s has used up its %s attempts", id, self.max_attempts)
         if self.keep_failed:
-            _rename(source, f"{self._dirs['failed']}/{id}")
+            self._file_away(path, "failed", id)
         else:
-            _discard(source)
+            _unlink(path)
+
+    def _file_away(self, path: str, state: str, id: str) -> None:
+        target = f"{self._dirs[state]}/{id}"
+        if not _rename(path, target) and _make_directory(self._dirs[state]):
+            _rename(path, target)
 
     def _load(self, path: str, id: str, attempt: int) -> FemtoTask | None:
         """Read and check a claimed file; None if it was broken and is in corrupt/ now."""
@@ -725,7 +740,7 @@ class FemtoQueue:
             os.close(descriptor)
         if skip is None:
             _log("%s does not match its checksum; it is in corrupt/", id)
-            _rename(path, f"{self._dirs['corrupt']}/{id}")
+            self._file_away(path, "corrupt", id)
             return None
         task = FemtoTask(id, data and data[skip:], attempt, path)
         task._payload_at = skip
@@ -739,11 +754,18 @@ class FemtoQueue:
         NotInProgress
             If the claim was lost: finished already, or its lease ran out and another worker has it.
         """
-        self._leave(task, f"{self._dirs['done']}/{task.id}" if self.keep_done else None)
+        self._finish(task, "done", self.keep_done)
 
     def fail(self, task: FemtoTask) -> None:
         """Give `task` up: to failed/, or deleted if `keep_failed` is off. Raises like `done`."""
-        self._leave(task, f"{self._dirs['failed']}/{task.id}" if self.keep_failed else None)
+        self._finish(task, "failed", self.keep_failed)
+
+    def _finish(self, task: FemtoTask, state: str, keep: bool) -> None:
+        directory = self._dirs[state]
+        if keep:
+            self._leave(task, state, f"{directory}/{task.id}", (directory,))
+        else:
+            self._leave(task, state, None, ())
 
     def retry(self, task: FemtoTask, delay_ms: float = 0) -> None:
         """Have `task` delivered again, now at its old place or after a delay, which survives restarts.
@@ -752,8 +774,9 @@ class FemtoQueue:
         """
         _check_number("delay_ms", delay_ms, 0, 1e12, "milliseconds")
         if self.max_attempts is not None and task.attempt >= self.max_attempts:
-            return self.fail(task)
-        self._give_back(task, int(delay_ms * 1_000))
+            self.fail(task)
+        else:
+            self._give_back(task, int(delay_ms * 1_000))
 
     def _give_back(self, task: FemtoTask, delay_us: int) -> None:
         if delay_us:
@@ -765,7 +788,7 @@ class FemtoQueue:
         bucket = self._bucket(state, time_us)
         if self.sync_after_write:
             bucket.prepare()
-        self._leave(task, f"{bucket.path}/{name}")
+        self._leave(task, "retry", f"{bucket.path}/{name}", bucket.directories())
         self._listing = None  # its old place may be before all that is in hand
 
     def touch(self, task: FemtoTask) -> None:
@@ -780,23 +803,42 @@ class FemtoQueue:
             source = self._locate(task)
         raise NotInProgress(f"{task.id} is not in progress here any more")
 
-    def _leave(self, task: FemtoTask, target: str | None) -> None:
-        """Take `task` out of in_progress/: to `target`, or away."""
+    def _leave(
+        self, task: FemtoTask, verdict: str, target: str | None, directories: tuple[str, ...]
+    ) -> None:
+        """Take `task` out of in_progress/: to `target`, or away. Then sync the directories touched."""
         if self._closed:
             self._clock.stamp()
-        goal = target or "deleted"
+        interrupted = task._leaving
+        if interrupted and interrupted[0] == verdict:  # the call before this one raised
+            _, target, directories = interrupted
+        task._leaving = (verdict, target, directories)
         source = task.path
-        # If only the sync behind the rename failed last time, only that is left to do.
-        if task._moved_to != goal:
-            while not (_rename(source, target) if target else _unlink(source)):
-                moved = self._locate(task)
-                if target and source == moved:
-                    _make_directory(os.path.dirname(target))  # removed by hand, or an empty bucket
-                source = moved
+        for _ in range(4):
+            if _rename(source, target) if target else _unlink(source):
+                break
+            try:
+                source = self._locate(task)
+            except NotInProgress:
+                # The rename may have been done in spite of an error, and only the sync be missing.
+                if not interrupted and not self._is_still_ours(task):
+                    raise
+                if target and not os.path.lexists(target):
+                    raise
+                break
+            if target and _make_directory(os.path.dirname(target)) and self.sync_after_write:
+                _sync(os.path.dirname(os.path.dirname(target)))  # somebody had removed it
+        else:
+            raise _gone(target or source)
         if self.sync_after_write:
-            task._moved_to = goal
-            _sync(os.path.dirname(source), *([os.path.dirname(target)] if target else []))
-            task._moved_to = None
+            _sync(os.path.dirname(source), *directories)
+        task._leaving = _LEFT
+
+    def _is_still_ours(self, task: FemtoTask) -> bool:
+        """Is there nobody else who could have moved this claim?"""
+        parsed = _parse(os.path.basename(task.path))
+        lease_runs = parsed is not None and parsed[2] > self._clock.now()
+        return lease_runs and not task._copied and task._leaving is not _LEFT
 
     def _locate(self, task: FemtoTask) -> str:
         """Find the claim's file: a `touch` elsewhere renames it, another host mounts it elsewhere."""
@@ -855,9 +897,11 @@ class FemtoQueue:
         entries = [entry for entry in _list(top) if _is_digits(entry.name[:16], 16)]
         for entry in sorted(entries, key=lambda entry: entry.name):
             start_us = int(entry.name[:16])
-            if start_us > now_us or len(due) >= _BATCH:
+            if start_us > now_us:
                 next_due_us = min(next_due_us, start_us)
                 break
+            if len(due) >= _BATCH:
+                break  # the rest when these are gone, or at the next look
             is_bucket = _is_bucket(entry)
             names = _names(entry.path) if is_bucket else [entry.name] if _is_file(entry) else []
             if is_bucket and not names:
@@ -1107,6 +1151,8 @@ class FemtoQueue:
             How many tasks were done.
         """
         count = 0
+        import threading
+
         current: list[FemtoTask] = []
         ended = threading.Event()
         heart = threading.Thread(target=self._keep_alive, args=(current, ended), daemon=True)
@@ -1174,16 +1220,19 @@ def _parse(name: str) -> tuple[str, int, int] | None:
 
     A name without a time, as shell scripts and the original make them, is due at the time in its id.
     """
-    match = _NAME.fullmatch(name)
-    if match is None or not _fits(name):
+    id, tilde, rest = name.partition("~")
+    digits = id[:16]
+    # isprintable: an id is one line anywhere, and a name that is not UTF-8 is no id.
+    if not (digits.isdigit() and id[16:17] == "_" and id[17:] and id.isprintable() and "/" not in id):
         return None
-    id, used, time_text = match.groups()
-    return id, int(used or 0), int(time_text or id[:16])
-
-
-def _fits(name: str) -> bool:
-    """Is there room for `~n~deadline` behind this name? Bytes are what counts: 255, says NAME_MAX."""
-    return name.isascii() or len(name.encode()) <= 216
+    if not (len(id) <= _MAX_ID if id.isascii() else digits.isascii() and len(id.encode()) <= _MAX_ID):
+        return None
+    if not tilde:
+        return id, 0, int(digits)
+    used, tilde, time_text = rest.partition("~")
+    if not _is_digits(used) or len(used) > 9 or (tilde and not _is_digits(time_text, 16)):
+        return None
+    return id, int(used), int(time_text or digits)
 
 
 def _is_digits(text: str, length: int | None = None) -> bool:
@@ -1272,19 +1321,18 @@ class _Bucket:
         self.room = 1 if durable and shared else _BUCKET_TASKS
         self.used = 0
         self.newest_us = start_us
-
-    def directories(self) -> tuple[str, ...]:
-        """What to sync after a task was put here.
-
-        The bucket's own entry too, where it may be new: anybody can remove and remake a shared one.
-        """
-        return (self.path, self.parent) if self.shared or self.used < 2 else (self.path,)
+        self.settled = False  # its own entry is on disk, and nobody else makes it anew
 
     def prepare(self) -> None:
         """Make sure that no task is moved below a directory that a power cut would take away."""
-        if self.shared or self.used < 2:
+        if not self.settled:
             _make_directory(self.path)
             _sync(self.parent)
+            self.settled = not self.shared
+
+    def directories(self) -> tuple[str, ...]:
+        """What to sync after a task was put here."""
+        return (self.path,) if self.settled else (self.path, self.parent)
 
 
 def _period(state: str, time_us: int) -> tuple[int, int]:
@@ -1307,7 +1355,7 @@ class _Listing:
         self.empty: list[str] = []
         self._end = "~" if horizon_us is None else "%016d~" % horizon_us
         self._directory = directory
-        self._lock = threading.Lock()
+        self._lock = _thread.allocate_lock()  # threading's, without the cost of importing it
         # All of these in descending order, so that the next one is the last.
         self._final: list[tuple[str, str]] = []  # nothing that is not in here yet is smaller
         self._hand: list[tuple[str, str]] = []
@@ -1337,8 +1385,9 @@ class _Listing:
 
     def _open_more(self) -> bool:
         while self._buckets and not (self._hand and self._hand[-1][0] < self._buckets[-1]):
-            bucket = f"{self._directory}/{self._buckets.pop()}"
+            bucket = f"{self._directory}/{self._buckets[-1]}"
             names = _names(bucket)
+            self._buckets.pop()  # not before: should the listing fail, it is still to be done
             if not names:
                 self.empty.append(bucket)
             self._take_up(names, bucket)
@@ -1372,6 +1421,10 @@ def _rename(source: str, target: str) -> bool:
             return False
         raise
     return True
+
+
+def _gone(path: str) -> FileNotFoundError:
+    return FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), path)
 
 
 def _unlink(path: str) -> bool:
@@ -1706,6 +1759,7 @@ class _StopOnSignals:
 
     def __enter__(self) -> list[int]:
         import signal
+        import threading
 
         self._signal = signal.signal
         self._before = {}
@@ -1782,8 +1836,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _complain(message: object) -> int:
-    import sys
-
     print(f"femtoqueue: {message}", file=sys.stderr)
     return 1
 
@@ -1867,7 +1919,6 @@ def _command_push(options: argparse.Namespace) -> int:
 
 def _command_schedule(options: argparse.Namespace) -> int:
     import datetime
-    import sys
 
     if options.when.startswith("+"):
         due: int | datetime.datetime = _wall_us() + int(_seconds(options.when[1:]) * 1_000_000)
@@ -1955,7 +2006,6 @@ _COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
 
 def _script() -> None:
     import signal
-    import sys
 
     if hasattr(signal, "SIGPIPE"):
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `... list done | head` ends quietly
