@@ -892,14 +892,13 @@ class FemtoQueue:
         now_us = _wall_us()
         top = self._dirs["scheduled"]
         due: list[tuple[int, str, str]] = []
-        next_due_us = _MAX_US
         moved_closer = 0
-        entries = [entry for entry in _list(top) if _is_digits(entry.name[:16], 16)]
-        for entry in sorted(entries, key=lambda entry: entry.name):
-            start_us = int(entry.name[:16])
-            if start_us > now_us:
-                next_due_us = min(next_due_us, start_us)
-                break
+        now_text = "%016d" % now_us
+        entries = _list(top)
+        later = min((entry.name[:16] for entry in entries if entry.name[:16] > now_text), default="")
+        next_due_us = int(later) if _is_digits(later, 16) else _MAX_US
+        begun = [entry for entry in entries if entry.name[:16] <= now_text]
+        for entry in sorted(begun, key=lambda entry: entry.name):
             if len(due) >= _BATCH:
                 break  # the rest when these are gone, or at the next look
             is_bucket = _is_bucket(entry)
@@ -916,7 +915,7 @@ class FemtoQueue:
                     due.append((due_us, _format(id, used), path))
                     continue
                 next_due_us = min(next_due_us, due_us)
-                if moved_closer < _BATCH and _period("scheduled", due_us)[0] > start_us:
+                if moved_closer < _BATCH and _period("scheduled", due_us)[0] > int(entry.name[:16]):
                     moved_closer += self._put(path, self._bucket("scheduled", due_us), name)
         moved = sum(self._put_back(path, name) for _, name, path in sorted(due)[:_BATCH])
         self._look_at_us = min(self._look_at_us, self._clock.now() + max(0, next_due_us - now_us))
