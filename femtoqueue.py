@@ -285,10 +285,14 @@ class FemtoQueue:
         for entry in _list(self._root):
             if entry.name in self._dirs or not entry.is_dir(follow_symlinks=False):
                 continue
-            for task in _list(entry.path):
-                if _is_original(task):
-                    _rename(task.path, f"{pending}/{task.name}")
-            _remove_directory(entry.path)
+            try:
+                tasks = [task for task in _list(entry.path) if _is_original(task)]
+            except (PermissionError, FileNotFoundError):
+                continue  # lost+found, for one; or another process is doing the same
+            for task in tasks:
+                _rename(task.path, f"{pending}/{task.name}")
+            if tasks:
+                _remove_directory(entry.path)
         for directory in (pending, scheduled):
             for task in _list(directory):
                 if _is_original(task):
@@ -1257,8 +1261,11 @@ def _is_original(entry: os.DirEntry[str]) -> bool:
         return False
     if not _is_file(entry):
         return False
-    with open(entry.path, "rb") as file:
-        return file.read(len(_LEGACY_MAGIC)) == _LEGACY_MAGIC
+    try:
+        with open(entry.path, "rb") as file:
+            return file.read(len(_LEGACY_MAGIC)) == _LEGACY_MAGIC
+    except (PermissionError, FileNotFoundError):
+        return False
 
 
 def _read_more(descriptor: int, path: str, data: bytes) -> bytes | None:
