@@ -81,6 +81,7 @@ _FINISHED = ("done", "failed", "corrupt")
 _MAX_US = 10**16  # times have 16 digits
 _MAX_ID = 216  # bytes: the name of a claim, "~n~deadline" behind the id, must fit into NAME_MAX, 255
 _BUCKET_US = 10**9
+_CLOSE_US = 10**7  # the narrowest bucket of scheduled/
 _BUCKET_TASKS = 1_000
 _BATCH = 1_000  # due or abandoned tasks that one pop moves at most
 _LOOK_US = 1_000_000  # between looks for due and abandoned tasks, while there is other work
@@ -308,7 +309,7 @@ class FemtoQueue:
         if offset_us is None:
             newest_us = self._newest_us()
             offset_us = max(_wall_us(), newest_us + 1) - _monotonic_us()
-            draft, _ = self._spool("clock", (f"{offset_us}\n".encode(),))
+            draft, _ = self._spool("%016d" % _wall_us(), (f"{offset_us}\n".encode(),))
             try:
                 try:
                     os.link(draft, path)  # whole at once like a rename, but the first one wins
@@ -405,10 +406,10 @@ class FemtoQueue:
                 for descriptor in descriptors:
                     os.close(descriptor)
             for path, time_us, id in spooled:
-                bucket = self._bucket("pending", time_us)
-                added.append(f"{bucket.path}/{id}")
-                if not self._put(path, bucket, id):
+                bucket = self._put(path, "pending", time_us, id)
+                if bucket is None:
                     raise _gone(path)
+                added.append(f"{bucket.path}/{id}")
                 touched.update(bucket.directories())
             _sync(*touched)
         except BaseException:
@@ -450,7 +451,7 @@ class FemtoQueue:
                 time_us = self._clock.stamp()
                 id = f"{self._new_stem(time_us)}.{crc:08x}"
                 try:
-                    self._publish(source, self._bucket("pending", time_us), id)
+                    self._publish(source, "pending", time_us, id)
                     return id
                 except OSError as error:
                     if error.errno != errno.EXDEV:
@@ -485,23 +486,22 @@ class FemtoQueue:
         # The id is in queue time. Once the wall clock was set, that differs; in steps of 10 ms, so
         # that the noise between two clock readings does not shuffle tasks that are due together.
         lead_us = round(now_us - _wall_us(), -4)
-        bucket = self._bucket("scheduled", due_us)
-        return self._add(bucket, max(now_us, due_us + lead_us), (payload,), due_us)
+        return self._add(max(now_us, due_us + lead_us), (payload,), due_us)
 
     def _push(self, chunks: Iterable[bytes]) -> str:
         if self.maxsize:
             self._make_room()
-        time_us = self._clock.stamp()
-        return self._add(self._bucket("pending", time_us), time_us, chunks)
+        return self._add(self._clock.stamp(), chunks)
 
-    def _add(
-        self, bucket: _Bucket, time_us: int, chunks: Iterable[bytes], due_us: int | None = None
-    ) -> str:
+    def _add(self, time_us: int, chunks: Iterable[bytes], due_us: int | None = None) -> str:
         stem = self._new_stem(time_us)
         path, crc = self._spool(stem, chunks)
         id = "%s.%08x" % (stem, crc)
         try:
-            self._publish(path, bucket, id if due_us is None else _format(id, 0, due_us))
+            if due_us is None:
+                self._publish(path, "pending", time_us, id)
+            else:
+                self._publish(path, "scheduled", due_us, _format(id, 0, due_us))
         except BaseException:
             _discard(path)
             raise
@@ -540,32 +540,43 @@ class FemtoQueue:
             raise
         return path, crc
 
-    def _publish(self, source: str, bucket: _Bucket, name: str) -> None:
+    def _publish(self, source: str, state: str, time_us: int, name: str) -> None:
         """Make a whole file a task, for good; if that fails, it is no task."""
-        try:
-            if not self._put(source, bucket, name):
-                raise _gone(source)
-            if self.sync_after_write:
+        bucket = self._put(source, state, time_us, name)
+        if bucket is None:
+            raise _gone(source)
+        if self.sync_after_write:
+            try:
                 _sync(*bucket.directories())
-        except BaseException:
-            # Withdrawn, unless a worker has it already. A file that was to be moved is where it was.
-            _give_way(f"{bucket.path}/{name}", source)
-            raise
+            except BaseException:
+                # Withdrawn, unless a worker has it already. A file to be moved is where it was.
+                _give_way(f"{bucket.path}/{name}", source)
+                raise
 
-    def _put(self, source: str, bucket: _Bucket, name: str) -> bool:
-        """Rename `source` into a bucket; False if it is gone."""
-        target = f"{bucket.path}/{name}"
-        for again in (False, True, True, True):
-            if self.sync_after_write:
-                bucket.prepare()
-            if _rename(source, target):
-                return True
-            # Buckets are removed when they are empty, even between the two lines above.
-            bucket.settled = False
-            if not _make_directory(bucket.path) and again:
-                break
-        # Over NFS, a rename that was sent twice succeeds and then reports ENOENT: rename(2), BUGS.
-        return os.path.lexists(target)
+    def _put(self, source: str, state: str, time_us: int, name: str) -> _Bucket | None:
+        """Rename `source` into a bucket of `state`; None if it is gone."""
+        bucket = self._bucket(state, time_us)
+        for _ in range(4):
+            target = f"{bucket.path}/{name}"
+            try:
+                if self.sync_after_write:
+                    bucket.prepare()
+                if _rename(source, target):
+                    return bucket
+            except BaseException:
+                _give_way(target, source)
+                raise
+            if not bucket.made:
+                bucket.made = True
+                _make_directory(bucket.path)
+            elif not os.path.lexists(source):
+                # Over NFS, a rename that was sent twice succeeds and then reports ENOENT: rename(2).
+                return bucket if os.path.lexists(target) else None
+            else:
+                # It was empty, and removed. Never made again under the same name: when two hosts
+                # remove and make one directory, GlusterFS ends in a split brain.
+                bucket = self._buckets[state] = self._next_bucket(state, time_us, bucket)
+        return None
 
     def _bucket(self, state: str, time_us: int) -> _Bucket:
         """Choose a directory for a task of this time.
@@ -586,11 +597,15 @@ class FemtoQueue:
 
     def _next_bucket(self, state: str, time_us: int, last: _Bucket | None) -> _Bucket:
         start_us, end_us = _period(state, time_us)
-        shared = last is None or not start_us <= last.start_us < end_us
-        if last is not None and not shared:
-            beyond = time_us > last.newest_us or time_us < last.start_us
-            # Below the full one if it is of the very same time: due times can be alike without end.
-            start_us = time_us if beyond or last.shared else max(0, last.start_us - 1)
+        now_us = _wall_us() if state == "scheduled" else self._clock.now()
+        entered = last is not None and start_us <= last.start_us < end_us
+        shared = not entered and now_us < end_us  # nobody comes to one of the past any more
+        if not shared:
+            if last and entered and not last.shared and last.start_us <= time_us <= last.newest_us:
+                # Below the full one if it is of the very same time: due times can be alike without end.
+                start_us = max(0, last.start_us - 1)
+            else:
+                start_us = time_us
         return _Bucket(self._dirs[state], start_us, end_us, shared, self.sync_after_write)
 
     def _make_room(self) -> None:
@@ -659,7 +674,7 @@ class FemtoQueue:
                 tried |= {name}
                 new = True
             if listing:
-                self._remove_if_settled(listing.empty)
+                self._remove_empty(listing.empty, now_us)
             quiet = 0 if new else quiet + begun
             if quiet and (quiet == 3 or not (listing and listing.hides)):
                 return None
@@ -669,10 +684,12 @@ class FemtoQueue:
             self._own_dir_is_made = False
             begun = True
 
-    def _remove_if_settled(self, buckets: list[str]) -> None:
-        # Not young ones: their producers are about to use them.
+    def _remove_empty(self, buckets: list[str], now_us: int) -> None:
+        # Not while their producers may be about to use them: for shared ones, until the period is over.
         for bucket in buckets:
-            if self._clock.now() - int(bucket[-16:]) > _SETTLE_US:
+            start_us = int(bucket[-16:])
+            width = _BUCKET_US if bucket.startswith(self._dirs["pending"]) else _CLOSE_US
+            if now_us - start_us > _SETTLE_US + (0 if start_us % width else width):
                 _remove_directory(bucket)
 
     def _claim(self, directory: str, name: str, now_us: int) -> FemtoTask | None:
@@ -908,7 +925,7 @@ class FemtoQueue:
             is_bucket = _is_bucket(entry)
             names = _names(entry.path) if is_bucket else [entry.name] if _is_file(entry) else []
             if is_bucket and not names:
-                self._remove_if_settled([entry.path])
+                self._remove_empty([entry.path], now_us)
             for name in names:
                 parsed = _parse(name)
                 if parsed is None:
@@ -920,14 +937,14 @@ class FemtoQueue:
                     continue
                 next_due_us = min(next_due_us, due_us)
                 if moved_closer < _BATCH and _period("scheduled", due_us)[0] > int(entry.name[:16]):
-                    moved_closer += self._put(path, self._bucket("scheduled", due_us), name)
+                    moved_closer += self._put(path, "scheduled", due_us, name) is not None
         moved = sum(self._put_back(path, name) for _, name, path in sorted(due)[:_BATCH])
         self._look_at_us = min(self._look_at_us, self._clock.now() + max(0, next_due_us - now_us))
         return self._moved(moved)
 
     def _put_back(self, path: str, name: str) -> bool:
         """Make a task pending, at its old place; False if it is not there any more."""
-        return self._put(path, self._bucket("pending", int(name[:16])), name)
+        return self._put(path, "pending", int(name[:16]), name) is not None
 
     def _moved(self, count: int) -> bool:
         if count:
@@ -1062,8 +1079,8 @@ class FemtoQueue:
         False if there is none of this id. A corrupt one must have been repaired, or is corrupt again.
         """
         for _, path in self._find(id, ("failed", "corrupt", "done")):
-            bucket = self._bucket("pending", int(id[:16]))
-            if self._put(path, bucket, id):
+            bucket = self._put(path, "pending", int(id[:16]), id)
+            if bucket:
                 self._listing = None
                 if self.sync_after_write:
                     _sync(*bucket.directories(), os.path.dirname(path))
@@ -1327,14 +1344,16 @@ class _Bucket:
         self.room = 1 if durable and shared else _BUCKET_TASKS
         self.used = 0
         self.newest_us = start_us
-        self.settled = False  # its own entry is on disk, and nobody else makes it anew
+        self.made = False  # by us, or found
+        self.settled = False  # its own entry is on disk
 
     def prepare(self) -> None:
         """Make sure that no task is moved below a directory that a power cut would take away."""
         if not self.settled:
             _make_directory(self.path)
             _sync(self.parent)
-            self.settled = not self.shared
+            self.made = True
+            self.settled = not self.shared  # which another producer may have made just now
 
     def directories(self) -> tuple[str, ...]:
         """What to sync after a task was put here."""
@@ -1345,7 +1364,7 @@ def _period(state: str, time_us: int) -> tuple[int, int]:
     """Begin and end of the time for which all producers share a bucket."""
     width = _BUCKET_US
     if state == "scheduled":
-        width = max(10**7, 10 ** (len(str(max(0, time_us - _wall_us()))) - 2))
+        width = max(_CLOSE_US, 10 ** (len(str(max(0, time_us - _wall_us()))) - 2))
     return time_us - time_us % width, time_us - time_us % width + width
 
 
@@ -1489,9 +1508,9 @@ def _make_directory(path: str) -> list[str]:
     try:
         os.mkdir(path)
     except FileExistsError:
-        if not os.path.isdir(path):
+        if os.path.lexists(path) and not os.path.isdir(path):
             raise
-        return []
+        return []  # even if it was removed again at once: whoever needs it will see
     except FileNotFoundError:
         parent = os.path.dirname(path)
         if parent == path:
