@@ -258,6 +258,7 @@ class FemtoQueue:
         self._misses = 0  # claims in a row that another worker was quicker at
         self._unsure: set[str] = set()  # claims whose rename failed, as far as we were told
         self._own_dir_is_made = False
+        self._has_company = False  # of other processes that claim tasks
         self._look_at_us = 0
         self._sweep_at_us = 0
         self._claimed_at_us = 0
@@ -714,8 +715,8 @@ class FemtoQueue:
         except BaseException:
             # It was not delivered: back as it was, now, or at the next look, or after the lease.
             self._unsure.add(claim)
-            self._listing = None
             _give_way(path, source)
+            self._forget_listings()
             raise
 
     def _make_own_directory(self) -> bool:
@@ -730,9 +731,9 @@ class FemtoQueue:
     def _miss(self, claim: str) -> None:
         # The rename may have been done all the same, and its answer lost on a network.
         self._unsure.add(claim)
-        # Everybody tries the same oldest name. Those skipped are found again by the next listing.
+        # Worker processes all try the same oldest name. Those skipped are found by the next listing.
         self._misses = min(self._misses + 1, 6)
-        if self._listing:
+        if self._listing and self._has_company:
             self._listing.skip(os.urandom(1)[0] % (1 << self._misses))
 
     def _bury(self, path: str, id: str) -> None:
@@ -810,7 +811,7 @@ class FemtoQueue:
         if self.sync_after_write:
             bucket.prepare()
         self._leave(task, "retry", f"{bucket.path}/{name}", bucket.directories())
-        self._listing = None  # its old place may be before all that is in hand
+        self._forget_listings()
 
     def touch(self, task: FemtoTask) -> None:
         """Begin a new full lease for `task`. Raises like `done`."""
@@ -878,6 +879,7 @@ class FemtoQueue:
         """Bring back what is due or abandoned; tell if anything became pending."""
         now_us = self._clock.now()
         self._look_at_us = now_us + _LOOK_US
+        self._listing = None  # another process may have put a task back at its old place
         if now_us >= self._sweep_at_us:
             self._sweep(now_us)
             self._sweep_at_us = now_us + _SWEEP_US
@@ -888,10 +890,13 @@ class FemtoQueue:
         """Take back the tasks of owners that are gone, and those whose lease ran out."""
         moved = 0
         unsure, self._unsure = self._unsure, set()
+        me = _identity()
+        self._has_company = False
         for owner in _list(self._dirs["in_progress"]):
             if not _is_owner(owner.name) or not owner.is_dir(follow_symlinks=False):
                 continue
             mine = owner.name == self._owner
+            self._has_company |= owner.name.split("~")[1:4] != [str(me.pid), me.start, me.place]
             alive = _is_alive(owner.name, self.node_id)
             names = _names(owner.path)
             for name in sorted(names):
@@ -948,10 +953,16 @@ class FemtoQueue:
 
     def _moved(self, count: int) -> bool:
         if count:
-            self._listing = None
+            self._forget_listings()
             if self.sync_after_write:
                 _sync(self._dirs["pending"])
         return count > 0
+
+    def _forget_listings(self) -> None:
+        """A task went back to its old place, which may be before all that is in hand here."""
+        for queue in list(_objects.values()):
+            if queue._root == self._root:
+                queue._listing = None
 
     def _sweep(self, now_us: int) -> None:
         """Delete what dead writers left half-written."""
@@ -1081,7 +1092,7 @@ class FemtoQueue:
         for _, path in self._find(id, ("failed", "corrupt", "done")):
             bucket = self._put(path, "pending", int(id[:16]), id)
             if bucket:
-                self._listing = None
+                self._forget_listings()
                 if self.sync_after_write:
                     _sync(*bucket.directories(), os.path.dirname(path))
                 return True
@@ -1138,6 +1149,7 @@ class FemtoQueue:
             if parsed := _parse(name):
                 self._put_back(f"{self._own_dir}/{name}", _format(*parsed[:2]))
         _remove_directory(self._own_dir)
+        self._forget_listings()
 
     def __enter__(self) -> FemtoQueue:
         return self
@@ -1380,7 +1392,7 @@ class _Listing:
         self.empty: list[str] = []
         self._end = "~" if horizon_us is None else "%016d~" % horizon_us
         self._directory = directory
-        self._lock = _thread.allocate_lock()  # threading's, without the cost of importing it
+        self._lock = _thread.allocate_lock()
         # All of these in descending order, so that the next one is the last.
         self._final: list[tuple[str, str]] = []  # nothing that is not in here yet is smaller
         self._hand: list[tuple[str, str]] = []
@@ -1570,6 +1582,7 @@ class _Clock:
 
     def __init__(self, offset_us: int) -> None:
         self.offset_us = offset_us
+        self.lock = _thread.allocate_lock()  # threading's, without the cost of importing it
         self._last_us = 0
 
     def now(self) -> int:
@@ -1577,11 +1590,12 @@ class _Clock:
 
     def stamp(self) -> int:
         """A time above all that this process has stamped: should the clock be frozen, order is not."""
-        now_us = int(time.monotonic() * 1_000_000) + self.offset_us
-        if now_us <= self._last_us:
-            now_us = self._last_us + 1
-        self._last_us = now_us
-        return now_us
+        with self.lock:
+            now_us = int(time.monotonic() * 1_000_000) + self.offset_us
+            if now_us <= self._last_us:
+                now_us = self._last_us + 1
+            self._last_us = now_us
+            return now_us
 
 
 class _StoppedClock(_Clock):
@@ -1710,6 +1724,7 @@ def _begin_in_child() -> None:
     _objects.clear()
     for queue in objects:
         queue._begin_in_this_process()
+        queue._clock.lock = _thread.allocate_lock()
         _objects[queue._owner] = queue
 
 
