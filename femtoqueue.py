@@ -385,6 +385,7 @@ class FemtoQueue:
         """
         if isinstance(items, (bytes, bytearray, memoryview, str)):
             raise TypeError("items: expected several payloads, got one; use push()")
+        self._check_open()
         if not self.sync_after_write:
             return [self.push(item) for item in items]
         spooled: list[tuple[str, int, str]] = []
@@ -395,7 +396,7 @@ class FemtoQueue:
             try:
                 for item in items:
                     if self.maxsize:
-                        self._make_room()
+                        self._make_room(len(spooled))
                     time_us = self._clock.stamp()
                     stem = self._new_stem(time_us)
                     path, crc = self._spool(stem, (_payload(item),), descriptors)
@@ -434,6 +435,7 @@ class FemtoQueue:
         ValueError
             If `path` is not a regular file.
         """
+        self._check_open()
         source = os.fspath(path)
         if move and os.path.islink(source):
             raise ValueError(f"path: {source!r} is a symbolic link; move the file that it points to")
@@ -460,9 +462,13 @@ class FemtoQueue:
                 os.lseek(descriptor, 0, os.SEEK_SET)
             id = self._push(_chunks(descriptor))
         finally:
-            os.close(descriptor)
+            _close_reader(descriptor)
         if move:
-            os.unlink(source)
+            try:
+                os.unlink(source)
+            except BaseException:
+                self.cancel(id)  # or there would be both the task and the file
+                raise
         return id
 
     def schedule(self, data: bytes | bytearray | memoryview, time_us: int | datetime.datetime) -> str:
@@ -481,15 +487,18 @@ class FemtoQueue:
         ValueError
             For a number that can only be seconds, milliseconds or nanoseconds, and a naive datetime.
         """
-        payload = _payload(data)
-        due_us = _due_us(time_us)
+        return self._schedule((_payload(data),), _due_us(time_us))
+
+    def _schedule(self, chunks: Iterable[bytes], due_us: int) -> str:
+        self._check_open()
         now_us = self._clock.stamp()
         # The id is in queue time. Once the wall clock was set, that differs; in steps of 10 ms, so
         # that the noise between two clock readings does not shuffle tasks that are due together.
         lead_us = round(now_us - _wall_us(), -4)
-        return self._add(max(now_us, due_us + lead_us), (payload,), due_us)
+        return self._add(max(now_us, due_us + lead_us), chunks, due_us)
 
     def _push(self, chunks: Iterable[bytes]) -> str:
+        self._check_open()
         if self.maxsize:
             self._make_room()
         return self._add(self._clock.stamp(), chunks)
@@ -609,9 +618,9 @@ class FemtoQueue:
                 start_us = time_us
         return _Bucket(self._dirs[state], start_us, end_us, shared, self.sync_after_write)
 
-    def _make_room(self) -> None:
+    def _make_room(self, spooled: int = 0) -> None:
         if self._room <= 0:
-            free = self.maxsize - sum(1 for _ in self._walk("pending"))
+            free = self.maxsize - spooled - sum(1 for _ in self._walk("pending"))
             if free <= 0:
                 import queue
 
@@ -637,6 +646,7 @@ class FemtoQueue:
             None only after `timeout`, and never while a task is pending or due. The task is this
             object's for the lease of `timeout_stale_ms`; finish it with `done`, `fail` or `retry`.
         """
+        self._check_open()
         if timeout:
             _check_timeout(timeout)
         return self._pop(timeout)
@@ -815,6 +825,7 @@ class FemtoQueue:
 
     def touch(self, task: FemtoTask) -> None:
         """Begin a new full lease for `task`. Raises like `done`."""
+        self._check_open()
         name = _format(task.id, task.attempt, self._clock.stamp() + self._lease_us)
         source = task.path
         for _ in range(3):
@@ -829,11 +840,13 @@ class FemtoQueue:
         self, task: FemtoTask, verdict: str, target: str | None, directories: tuple[str, ...]
     ) -> None:
         """Take `task` out of in_progress/: to `target`, or away. Then sync the directories touched."""
-        if self._closed:
-            self._clock.stamp()
-        interrupted = task._leaving
-        if interrupted and interrupted[0] == verdict:  # the call before this one raised
-            _, target, directories = interrupted
+        self._check_open()
+        before = task._leaving
+        if before == _LEFT:
+            raise NotInProgress(f"{task.id} was finished already")
+        again = before is not None and before[0] == verdict  # the call before this one raised
+        if before and again:
+            _, target, directories = before
         task._leaving = (verdict, target, directories)
         source = task.path
         for _ in range(4):
@@ -842,10 +855,10 @@ class FemtoQueue:
             try:
                 source = self._locate(task)
             except NotInProgress:
-                # The rename may have been done in spite of an error, and only the sync be missing.
-                if not interrupted and not self._is_still_ours(task):
-                    raise
-                if target and not os.path.lexists(target):
+                # Was the rename done in spite of an error, or of the answer that there is no such file?
+                sure = self._is_still_ours(task) or (again and target)
+                if not sure or (target and not os.path.lexists(target)):
+                    task._leaving = before
                     raise
                 break
             if target and _make_directory(os.path.dirname(target)) and self.sync_after_write:
@@ -859,8 +872,7 @@ class FemtoQueue:
     def _is_still_ours(self, task: FemtoTask) -> bool:
         """Is there nobody else who could have moved this claim?"""
         parsed = _parse(os.path.basename(task.path))
-        lease_runs = parsed is not None and parsed[2] > self._clock.now()
-        return lease_runs and not task._copied and task._leaving is not _LEFT
+        return parsed is not None and parsed[2] > self._clock.now() and not task._copied
 
     def _locate(self, task: FemtoTask) -> str:
         """Find the claim's file: a `touch` elsewhere renames it, another host mounts it elsewhere."""
@@ -980,10 +992,12 @@ class FemtoQueue:
 
         True at some moment during the call; what is read may change at once.
         """
+        self._check_open()
         return next((state for state, _ in self._find(id, STATES)), None)
 
     def counts(self) -> dict[str, int]:
         """How many tasks each state holds. Not one moment's picture: tasks move while it counts."""
+        self._check_open()
         return {state: sum(1 for _ in self._walk(state)) for state in STATES}
 
     def ids(self, state: str) -> Iterator[str]:
@@ -991,6 +1005,7 @@ class FemtoQueue:
 
         Lazy where it matters: of pending/, one bucket at a time is in memory.
         """
+        self._check_open()
         _check_state(state, STATES)
         return (name.partition("~")[0] for name, _ in self._walk(state))
 
@@ -1077,6 +1092,7 @@ class FemtoQueue:
 
     def cancel(self, id: str) -> bool:
         """Drop a pending or scheduled task; False if there is none of this id to drop."""
+        self._check_open()
         for _, path in self._find(id, _BUCKETED):
             if _unlink(path):
                 if self.sync_after_write:
@@ -1089,6 +1105,7 @@ class FemtoQueue:
 
         False if there is none of this id. A corrupt one must have been repaired, or is corrupt again.
         """
+        self._check_open()
         for _, path in self._find(id, ("failed", "corrupt", "done")):
             bucket = self._put(path, "pending", int(id[:16]), id)
             if bucket:
@@ -1103,6 +1120,7 @@ class FemtoQueue:
 
         Returns how many. By the file's change time, which the filesystem sets when it is renamed.
         """
+        self._check_open()
         _check_state(state, _FINISHED)
         _check_number("older_than_s", older_than_s, 0, float("inf"), "seconds")
         until_s = time.time() - older_than_s
@@ -1113,7 +1131,9 @@ class FemtoQueue:
                     info = entry.stat(follow_symlinks=False)
                 except FileNotFoundError:
                     continue  # somebody else purges as well
-                if max(info.st_ctime, info.st_mtime) <= until_s:
+                # A rename sets the change time; on Windows that field is the time of creation.
+                finished_s = info.st_mtime if os.name == "nt" else info.st_ctime
+                if finished_s <= until_s:
                     count += _unlink(entry.path)
         if count and self.sync_after_write:
             _sync(self._dirs[state])
@@ -1124,6 +1144,7 @@ class FemtoQueue:
 
         It only watches: others must be working.
         """
+        self._check_open()
         if timeout is not None:
             _check_timeout(timeout)
         end_s = None if timeout is None else time.monotonic() + timeout
@@ -1143,7 +1164,6 @@ class FemtoQueue:
         if self._closed:
             return
         self._closed = True
-        self._clock = _StoppedClock(self._clock.offset_us)
         _objects.pop(self._owner, None)  # from here on it is judged dead, should this be cut short
         for name in _names(self._own_dir):
             if parsed := _parse(name):
@@ -1151,7 +1171,12 @@ class FemtoQueue:
         _remove_directory(self._own_dir)
         self._forget_listings()
 
+    def _check_open(self) -> None:
+        if self._closed:
+            raise FemtoQueueError(f"{self!r} is closed; make a new one")
+
     def __enter__(self) -> FemtoQueue:
+        self._check_open()
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -1272,7 +1297,8 @@ def _is_digits(text: str, length: int | None = None) -> bool:
 
 
 def _is_id(text: str) -> bool:
-    return "~" not in text and _parse(text) is not None
+    """Is this a task's id, and nothing else on any filesystem?"""
+    return "~" not in text and _parse(text) is not None and os.path.basename(text) == text
 
 
 def _is_bucket(entry: os.DirEntry[str]) -> bool:
@@ -1544,7 +1570,11 @@ def _sync(*directories: str) -> None:
     if os.name == "nt":
         return  # a directory cannot be opened there
     for directory in directories:
-        descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+        except FileNotFoundError:
+            _sync(os.path.dirname(directory))  # a bucket that was emptied and removed meanwhile
+            continue
         try:
             os.fsync(descriptor)
         finally:
@@ -1559,6 +1589,13 @@ def _sync_files(descriptors: list[int]) -> None:
     while descriptors:
         os.fsync(descriptors[-1])
         os.close(descriptors.pop())
+
+
+def _close_reader(descriptor: int) -> None:
+    try:
+        os.close(descriptor)
+    except OSError:
+        pass  # nothing was written
 
 
 def _chunks(descriptor: int) -> Iterator[bytes]:
@@ -1596,13 +1633,6 @@ class _Clock:
                 now_us = self._last_us + 1
             self._last_us = now_us
             return now_us
-
-
-class _StoppedClock(_Clock):
-    """The clock of a closed queue: nothing can be stamped any more."""
-
-    def stamp(self) -> int:
-        raise FemtoQueueError("this FemtoQueue is closed; make a new one")
 
 
 _clocks: weakref.WeakValueDictionary[tuple[str, int], _Clock] = weakref.WeakValueDictionary()
@@ -1869,7 +1899,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         return _COMMANDS[options.command](options)
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, OverflowError) as error:
         parser.error(str(error))
     except (OSError, FemtoQueueError) as error:
         return _complain(error)
@@ -1961,18 +1991,22 @@ def _command_schedule(options: argparse.Namespace) -> int:
     import datetime
 
     if options.when.startswith("+"):
-        due: int | datetime.datetime = _wall_us() + int(_seconds(options.when[1:]) * 1_000_000)
+        due_us = _wall_us() + int(_seconds(options.when[1:]) * 1_000_000)
     else:
         text = options.when.removesuffix("Z") + "+00:00" * options.when.endswith("Z")
-        due = datetime.datetime.fromisoformat(text).astimezone()
-    print(_open(options).schedule(sys.stdin.buffer.read(), due))
+        due_us = _due_us(datetime.datetime.fromisoformat(text).astimezone())
+    print(_open(options)._schedule(_chunks(0), due_us))
     return 0
 
 
 def _command_run(options: argparse.Namespace) -> int:
     import logging
+    import shutil
     import signal
     import subprocess
+
+    if shutil.which(options.cmd[0]) is None:
+        raise ValueError(f"there is no command {options.cmd[0]!r}")  # not worth an attempt of each task
 
     class OneLine(logging.Formatter):
         def formatException(self, ei: object) -> str:
