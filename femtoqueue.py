@@ -102,8 +102,6 @@ _LEFT: tuple[str, str | None, tuple[str, ...]] = ("", None, ())
 _NONE: frozenset[str] = frozenset()
 _HEX = set("0123456789abcdef")
 _LAST_CLOCK_US = 7_258_118_400_000_000  # the year 2200: a stray name must not drag the clock along
-# What rename, open and scandir say of a file that somebody else has moved. ESTALE: over NFS.
-_GONE = {errno.ENOENT, errno.ENOTDIR, errno.ESTALE}
 
 
 class FemtoQueueError(Exception):
@@ -285,12 +283,12 @@ class FemtoQueue:
         pending, scheduled = self._dirs["pending"], self._dirs["scheduled"]
         now_us = _wall_us()
         for entry in _list(self._root):
-            if entry.name in self._dirs or not entry.is_dir(follow_symlinks=False):
+            if entry.name in (*self._dirs, "lost+found") or not entry.is_dir(follow_symlinks=False):
                 continue
             try:
                 tasks = [task for task in _list(entry.path) if _is_original(task)]
-            except (PermissionError, FileNotFoundError):
-                continue  # lost+found, for one; or another process is doing the same
+            except FileNotFoundError:
+                continue  # another process is doing the same
             for task in tasks:
                 _rename(task.path, f"{pending}/{task.name}")
             if tasks:
@@ -467,7 +465,8 @@ class FemtoQueue:
             try:
                 os.unlink(source)
             except BaseException:
-                self.cancel(id)  # or there would be both the task and the file
+                if _exists(source):
+                    self.cancel(id)  # or there would be both the task and the file
                 raise
         return id
 
@@ -579,9 +578,9 @@ class FemtoQueue:
             if not bucket.made:
                 bucket.made = True
                 _make_directory(bucket.path)
-            elif not os.path.lexists(source):
+            elif not _exists(source):
                 # Over NFS, a rename that was sent twice succeeds and then reports ENOENT: rename(2).
-                return bucket if os.path.lexists(target) else None
+                return bucket if _exists(target) else None
             else:
                 # It was empty, and removed. Never made again under the same name: when two hosts
                 # remove and make one directory, GlusterFS ends in a split brain.
@@ -710,12 +709,12 @@ class FemtoQueue:
             return None
         id, used, _ = parsed
         source = f"{directory}/{name}"
-        if self.max_attempts is not None and used >= self.max_attempts:
-            self._bury(source, id)
-            return None
         claim = _format(id, used + 1, now_us + self._lease_us)
         path = f"{self._own_dir}/{claim}"
         try:
+            if self.max_attempts is not None and used >= self.max_attempts:
+                self._bury(source, id)
+                return None
             if not _rename(source, path) and not (self._make_own_directory() and _rename(source, path)):
                 self._miss(claim)
                 return None
@@ -762,6 +761,9 @@ class FemtoQueue:
         """Read and check a claimed file; None if it was broken and is in corrupt/ now."""
         descriptor = os.open(path, _READ_FLAGS)
         try:
+            if attempt > 1 and self._was_finished(descriptor, id):
+                _unlink(path)
+                return None
             data: bytes | None = os.read(descriptor, _SMALL)
             if not data or len(data) == _SMALL:
                 data = _read_more(descriptor, path, data or b"")
@@ -777,6 +779,20 @@ class FemtoQueue:
         task = FemtoTask(id, data and data[skip:], attempt, path)
         task._payload_at = skip
         return task
+
+    def _was_finished(self, descriptor: int, id: str) -> bool:
+        """Does the claimed file lie in done/ or failed/ as well?
+
+        Healing a distributed filesystem can leave a renamed file under both names. To rename it onto
+        its other name then succeeds and does nothing: POSIX.
+        """
+        info = os.fstat(descriptor)
+        if info.st_nlink > 1:
+            for state in ("done", "failed"):
+                path = f"{self._dirs[state]}/{id}"
+                if _exists(path) and os.path.samestat(os.lstat(path), info):
+                    return True
+        return False
 
     def done(self, task: FemtoTask) -> None:
         """Finish `task`: to done/, or deleted if `keep_done` is off. It is never delivered again.
@@ -857,7 +873,7 @@ class FemtoQueue:
             except NotInProgress:
                 # Was the rename done in spite of an error, or of the answer that there is no such file?
                 sure = self._is_still_ours(task) or (again and target)
-                if not sure or (target and not os.path.lexists(target)):
+                if not sure or (target and not _exists(target)):
                     task._leaving = before
                     raise
                 break
@@ -1050,7 +1066,7 @@ class FemtoQueue:
             return
         for state in (*states, *states):
             if state in _FINISHED:
-                if os.path.lexists(path := f"{self._dirs[state]}/{id}"):
+                if _exists(path := f"{self._dirs[state]}/{id}"):
                     yield state, path
                 continue
             until = f"{id}~" if state == "pending" else "~"  # buckets hold nothing older
@@ -1480,24 +1496,39 @@ def _rename(source: str, target: str) -> bool:
     try:
         os.rename(source, target)
     except OSError as error:
-        if error.errno in _GONE:
+        if _is_gone(error, source):
             return False
         raise
     return True
-
-
-def _gone(path: str) -> FileNotFoundError:
-    return FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), path)
 
 
 def _unlink(path: str) -> bool:
     try:
         os.unlink(path)
     except OSError as error:
-        if error.errno in _GONE:
+        if _is_gone(error, path):
             return False
         raise
     return True
+
+
+def _is_gone(error: OSError, path: str) -> bool:
+    """Does this error say that somebody else moved `path`? ESTALE, over NFS, may mean just that."""
+    if error.errno == errno.ESTALE:
+        return not _exists(path)
+    return error.errno in (errno.ENOENT, errno.ENOTDIR)
+
+
+def _exists(path: str) -> bool:
+    try:
+        os.lstat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    return True
+
+
+def _gone(path: str) -> FileNotFoundError:
+    return FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), path)
 
 
 def _discard(*paths: str) -> None:
@@ -1527,7 +1558,7 @@ def _names(directory: str) -> list[str]:
     try:
         return [entry.name for entry in _list(directory) if _is_file(entry)]
     except OSError as error:
-        if error.errno in _GONE:
+        if _is_gone(error, directory):
             return []
         raise
 
@@ -1546,7 +1577,7 @@ def _make_directory(path: str) -> list[str]:
     try:
         os.mkdir(path)
     except FileExistsError:
-        if os.path.lexists(path) and not os.path.isdir(path):
+        if _exists(path) and not os.path.isdir(path):
             raise
         return []  # even if it was removed again at once: whoever needs it will see
     except FileNotFoundError:
