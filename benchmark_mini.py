@@ -47,6 +47,7 @@ ROUND = 1_000
 BACKLOG = 1_000  # what is pending all the time, so that nobody works on an empty queue
 BAR = 30
 NODE = "bench"
+OURS, FLOOR = "femtoqueue", "the floor"
 NAME = "%016d_bench_0123456789abcdef01.01234567"  # as long as ours: ext4 is slower with short names
 STEPS = [["push"], ["pop", "done"]]
 ALL = ["push", "pop", "done"]
@@ -77,7 +78,7 @@ class Section:
 class Floor:
     """The same system calls with nothing around them."""
 
-    name = "floor"
+    name = FLOOR
 
     def __init__(self, directory: Path, durable: bool = False) -> None:
         self.durable = durable
@@ -155,6 +156,7 @@ class Queue:
         self.name = name
         self._push, self._pop, self._done, self._schedule = push, pop, done, schedule
         self._tasks: list[Any] = []
+        self.acknowledges = done is not None
 
     def push(self, count: int) -> None:
         for _ in range(count):
@@ -182,7 +184,7 @@ class Queue:
 
 def ours(directory: Path, durable: bool = False) -> Queue:
     queue = FemtoQueue(directory, NODE, sync_after_write=durable)
-    return Queue("femtoqueue", queue.push, queue.pop, queue.done, queue.schedule)
+    return Queue(OURS, queue.push, queue.pop, queue.done, queue.schedule)
 
 
 def sync_directory(path: str) -> None:
@@ -296,12 +298,12 @@ def one_process(options: argparse.Namespace, progress: Progress) -> Iterator[Sec
     for contestant in pair:
         contestant.push(BACKLOG)
     rounds = interleave(pair, progress, options.seconds)
-    rows = [compare(rounds, "femtoqueue", "floor", step, [step]) for step in ALL]
-    rows.append(compare(rounds, "femtoqueue", "floor", "push + pop + done", ALL))
+    rows = [compare(rounds, OURS, FLOOR, step, [step]) for step in ALL]
+    rows.append(compare(rounds, OURS, FLOOR, "push + pop + done", ALL))
     pair = Floor(directory / "floor-due"), ours(directory / "ours-due")
     due_rounds = interleave(pair, progress, options.seconds / 3, [["schedule"], ["pop_due"]])
-    rows.append(compare(due_rounds, "femtoqueue", "floor", "schedule", ["schedule"]))
-    rows.append(compare(due_rounds, "femtoqueue", "floor", "pop + done when due", ["pop_due"]))
+    rows.append(compare(due_rounds, OURS, FLOOR, "schedule", ["schedule"]))
+    rows.append(compare(due_rounds, OURS, FLOOR, "pop + done when due", ["pop_due"]))
     yield Section(f"one process, {len(rounds)} rounds of {ROUND:,} tasks", rows)
 
 
@@ -318,10 +320,10 @@ def workers(options: argparse.Namespace, progress: Progress) -> Iterator[Section
             floor.push(ROUND)
         ours(directory / "ours").push(total)
         path = str(directory)
-        floor_jobs = [
+        floor_jobs: list[tuple[Any, ...]] = [
             (drain_floor, f"{path}/floor", n, options.workers, total) for n in range(options.workers)
         ]
-        our_jobs = [(drain_ours, f"{path}/ours")] * options.workers
+        our_jobs: list[tuple[Any, ...]] = [(drain_ours, f"{path}/ours")] * options.workers
         for kind, jobs in enumerate((floor_jobs, our_jobs)):
             outcomes = together(jobs)
             if sum(count for count, _, _ in outcomes) != total:
@@ -378,38 +380,32 @@ def durable(options: argparse.Namespace, progress: Progress) -> Iterator[Section
     directory = fresh(options.dir, "durable")
     pair = Floor(directory / "floor", durable=True), ours(directory / "ours", durable=True)
     rounds = interleave(pair, progress, options.seconds, size=100, batch=5)
-    rows = [compare(rounds, "femtoqueue", "floor", step, [step]) for step in ALL]
-    single, many = ours(directory / "single", durable=True), PushMany(directory / "many")
-    both = interleave([single, many], progress, options.seconds, [["push"]], ROUND, ROUND)
-    row = compare(both, many.name, single.name, "push_many(1000)", ["push"])
-    row.against = "x the time of push"
+    rows = [compare(rounds, OURS, FLOOR, step, [step]) for step in ALL]
+    queue = FemtoQueue(directory / "many", NODE, sync_after_write=True)
+    single = Queue("push", lambda data: [queue.push(data) for _ in range(1_000)], queue.pop, None)
+    many = Queue("push_many", lambda data: queue.push_many([data] * 1_000), queue.pop, None)
+    thousands = interleave([single, many], progress, options.seconds, [["push"]], 1, 1)
+    per_task = [{key: value / 1_000 for key, value in one.items()} for one in thousands]
+    row = compare(per_task, many.name, single.name, "push_many(1000)", ["push"])
     yield Section(f"durable, {len(rounds)} rounds of 100 tasks", [*rows, row])
-
-
-class PushMany(Queue):
-    """A whole batch in one call."""
-
-    def __init__(self, directory: Path) -> None:
-        queue = FemtoQueue(directory, NODE, sync_after_write=True)
-        super().__init__("push_many", queue.push, queue.pop, queue.done)
-        self._push_many = queue.push_many
-
-    def push(self, count: int) -> None:
-        self._push_many([PAYLOAD] * count)
 
 
 def waiting(options: argparse.Namespace, progress: Progress) -> Iterator[Section]:
     """What idle consumers cost, how soon they wake, and what starting up costs."""
     directory = fresh(options.dir, "wait")
     FemtoQueue(directory, NODE)
-    shares = {}
-    for done, count in enumerate((1, 50)):
-        progress(done / 4)
-        shares[count] = 100 * sum(together([(idle, str(directory), 4.0)] * count))
-    progress(2 / 4)
+    rows = []
+    for count in (1, 50):
+        own, bare = zip(*together([(idle, str(directory), options.seconds)] * count), strict=True)
+        against = "x as much as bare loops of time.sleep(0.01)"
+        share = 100 * sum(own)
+        rows.append(
+            Row(f"{count} idle pop(timeout)", share, "% of a core", None, sum(own) / sum(bare), against)
+        )
+        progress(count / 100)
     jobs = [(wake_up, str(directory), 200), (keep_pushing, str(directory), 200)]
     samples = next(filter(None, together(jobs)))
-    progress(3 / 4)
+    progress(0.8)
     home = str(Path(femtoqueue.__file__).parent)
     code = f"import sys; sys.path.insert(0, {home!r})"
     starts: list[list[float]] = [[], []]
@@ -422,23 +418,26 @@ def waiting(options: argparse.Namespace, progress: Progress) -> Iterator[Section
     yield Section(
         "waiting and starting",
         [
-            Row("one pop(timeout), idle", shares[1], "% of a core"),
-            Row("50 of them", shares[50], "% of a core"),
+            *rows,
             Row("wake-up, median", statistics.median(samples) * 1_000, "ms"),
             Row("wake-up, 99th percentile", statistics.quantiles(samples, n=100)[98] * 1_000, "ms"),
-            Row("import femtoqueue, over an empty interpreter", extra, "ms"),
+            Row("import, over an empty interpreter", extra, "ms"),
         ],
     )
 
 
-def idle(wait: Callable[[], object], directory: str, seconds: float) -> float:
+def idle(wait: Callable[[], object], directory: str, seconds: float) -> tuple[float, float]:
+    """Share of a core while waiting in `pop`, and in a bare loop that only sleeps."""
     queue = FemtoQueue(directory, NODE)
     wait()
     queue.pop()
     start = time.process_time()
     if queue.pop(timeout=seconds):
         raise SystemExit("an idle waiter was given a task")
-    return (time.process_time() - start) / seconds
+    own = time.process_time() - start
+    for _ in range(int(seconds * 100)):
+        time.sleep(0.01)
+    return own / seconds, (time.process_time() - start - own) / seconds
 
 
 def wake_up(wait: Callable[[], object], directory: str, count: int) -> list[float]:
@@ -470,7 +469,7 @@ def scale(options: argparse.Namespace, progress: Progress) -> Iterator[Section]:
         for number in range(0, backlog, ROUND):
             pair[1].push(ROUND)
             progress(number / backlog)
-        opened, first, memory, _ = together([(first_pop, str(directory / "ours"))])[0]
+        (opened, first, memory, _) = together([(first_pop, str(directory / "ours"))])[0]
         rounds = interleave(pair, progress, options.seconds)
         queue = FemtoQueue(directory / "ours", NODE, keep_done=False)
         while task := queue.pop():
@@ -483,7 +482,7 @@ def scale(options: argparse.Namespace, progress: Progress) -> Iterator[Section]:
                 Row("open", opened * 1_000, "ms"),
                 Row("first pop in a new process", first * 1_000, "ms"),
                 Row("memory for it", memory / 1e6, "MB"),
-                *(compare(rounds, "femtoqueue", "floor", step, [step]) for step in ALL),
+                *(compare(rounds, OURS, FLOOR, step, [step]) for step in ALL),
                 Row("pop of the empty queue, after draining", empty * 1e6, "us"),
             ],
         )
@@ -541,7 +540,7 @@ def pop_all_due(wait: Callable[[], object], directory: str, ahead_s: float) -> l
     clock = time.time
     queue = FemtoQueue(directory, NODE, keep_done=False)
     time.time = lambda: clock() + ahead_s
-    pops = []
+    pops: list[float] = []
     while True:
         start = time.perf_counter()
         task = queue.pop()
@@ -566,7 +565,9 @@ def peers(options: argparse.Namespace, progress: Progress) -> Iterator[Section]:
         for contestant in contestants:
             contestant.push(size)
         rounds = interleave(contestants, progress, options.seconds * 3, size=size, batch=batch)
-        rows = [compare(rounds, one.name, "femtoqueue", one.name, ALL) for one in contestants]
+        rows = [compare(rounds, one.name, OURS, one.name, ALL) for one in contestants]
+        for one, row in zip(contestants, rows, strict=True):
+            row.against += "" if one.acknowledges else "; forgets a task on handing it out"
         rows[0].ratio = rows[0].base = None
         survives = "a power cut" if durable else "a killed process, not a power cut"
         yield Section(f"peers, push + pop + done, what survives {survives}", rows)
@@ -721,7 +722,8 @@ def plot(sections: Sequence[Section], about: str, path: Path) -> None:
             if row.base and "peers" not in section.title:
                 axis.vlines(row.base, place - 0.4, place + 0.4, color="#d1495b")
             text = f"{row.value:,.0f}" + (f"  ({row.ratio:.2f})" if row.ratio else "")
-            axis.text(max(row.value, row.base or 0) + top / 80, place, text, va="center", fontsize=8)
+            end = row.value if "peers" in section.title else max(row.value, row.base or 0)
+            axis.text(end + top / 80, place, text, va="center", fontsize=8)
         axis.set_xlim(0, top * 1.18)
         axis.invert_yaxis()
         axis.set_title(section.title, loc="left", fontsize=10)

@@ -98,6 +98,7 @@ _READ_FLAGS = os.O_RDONLY | _NO_FOLLOW | getattr(os, "O_NONBLOCK", 0) | getattr(
 # The first bytes of a payload that version 0.3 or 0.4 of the original femtoqueue wrote; MD5 follows.
 _LEGACY_MAGIC = b"\x01" + bytes(7)
 _LEGACY_HEADER = 24
+_LEGACY_NAME = "_<built-in method hex of bytes object at 0x"  # it meant to call that method
 _LEFT: tuple[str, str | None, tuple[str, ...]] = ("", None, ())
 _NONE: frozenset[str] = frozenset()
 _HEX = set("0123456789abcdef")
@@ -206,9 +207,7 @@ class FemtoQueue:
         keep_failed: bool = True,
         maxsize: int = 0,
     ) -> None:
-        root = os.fspath(data_dir)
-        if not isinstance(root, str):
-            raise TypeError(f"data_dir: expected str or os.PathLike[str], got {type(root).__name__}")
+        root = _path("data_dir", data_dir)
         if not root or "\0" in root:
             raise ValueError(f"data_dir: {root!r} is no path; name a directory")
         if not isinstance(node_id, str):
@@ -242,6 +241,7 @@ class FemtoQueue:
         if self.sync_after_write:
             _sync(self._root)  # whoever made what is in there need not have been durable
         _objects[self._owner] = self
+        weakref.finalize(self, _look_soon, self._root).atexit = False
 
     def _begin_in_this_process(self) -> None:
         """Set up all that must not be shared with the process that this one was forked from."""
@@ -255,7 +255,6 @@ class FemtoQueue:
         self._listing: _Listing | None = None
         self._misses = 0  # claims in a row that another worker was quicker at
         self._unsure: set[str] = set()  # claims whose rename failed, as far as we were told
-        self._own_dir_is_made = False
         self._has_company = False  # of other processes that claim tasks
         self._look_at_us = 0
         self._sweep_at_us = 0
@@ -342,9 +341,9 @@ class FemtoQueue:
 
     def __getstate__(self) -> dict[str, object]:
         # In another process it is another owner: only what it was made with goes along.
-        names = ("data_dir", "node_id", "timeout_stale_ms", "sync_after_write")
+        names = ("node_id", "timeout_stale_ms", "sync_after_write")
         options = ("max_attempts", "keep_done", "keep_failed", "maxsize")
-        return {name: getattr(self, name) for name in names + options}
+        return {"data_dir": self._root, **{name: getattr(self, name) for name in names + options}}
 
     def __setstate__(self, arguments: dict[str, object]) -> None:
         self.__init__(**arguments)  # type: ignore[misc]
@@ -383,6 +382,8 @@ class FemtoQueue:
         """
         if isinstance(items, (bytes, bytearray, memoryview, str)):
             raise TypeError("items: expected several payloads, got one; use push()")
+        if not hasattr(items, "__iter__"):
+            raise TypeError(f"items: expected an iterable, got {type(items).__name__}")
         self._check_open()
         if not self.sync_after_write:
             return [self.push(item) for item in items]
@@ -434,7 +435,7 @@ class FemtoQueue:
             If `path` is not a regular file.
         """
         self._check_open()
-        source = os.fspath(path)
+        source = _path("path", path)
         if move and os.path.islink(source):
             raise ValueError(f"path: {source!r} is a symbolic link; move the file that it points to")
         descriptor = os.open(source, _READ_FLAGS if move else _READ_FLAGS & ~_NO_FOLLOW)
@@ -491,9 +492,9 @@ class FemtoQueue:
     def _schedule(self, chunks: Iterable[bytes], due_us: int) -> str:
         self._check_open()
         now_us = self._clock.stamp()
-        # The id is in queue time. Once the wall clock was set, that differs; in steps of 10 ms, so
+        # The id is in queue time. Once the wall clock was set, that differs; in whole milliseconds, so
         # that the noise between two clock readings does not shuffle tasks that are due together.
-        lead_us = round(now_us - _wall_us(), -4)
+        lead_us = round(now_us - _wall_us(), -3)
         return self._add(max(now_us, due_us + lead_us), chunks, due_us)
 
     def _push(self, chunks: Iterable[bytes]) -> str:
@@ -646,7 +647,7 @@ class FemtoQueue:
             object's for the lease of `timeout_stale_ms`; finish it with `done`, `fail` or `retry`.
         """
         self._check_open()
-        if timeout:
+        if timeout is not None and timeout != 0:
             _check_timeout(timeout)
         return self._pop(timeout)
 
@@ -678,7 +679,7 @@ class FemtoQueue:
                 name, directory = found
                 if name in tried:
                     continue  # listed although it is gone, as network filesystems do
-                task = self._claim(directory, name, now_us)
+                task = self._claim(directory, name, now_us, first=not tried)
                 if task is not None:
                     return task
                 tried |= {name}
@@ -691,7 +692,6 @@ class FemtoQueue:
             # What is stamped in the future twice over comes from a machine whose clock is ahead.
             horizon_us = None if quiet == 2 else self._clock.now()
             listing = self._listing = _Listing(self._dirs["pending"], horizon_us)
-            self._own_dir_is_made = False
             begun = True
 
     def _remove_empty(self, buckets: list[str], now_us: int) -> None:
@@ -702,7 +702,7 @@ class FemtoQueue:
             if now_us - start_us > _SETTLE_US + (0 if start_us % width else width):
                 _remove_directory(bucket)
 
-    def _claim(self, directory: str, name: str, now_us: int) -> FemtoTask | None:
+    def _claim(self, directory: str, name: str, now_us: int, first: bool) -> FemtoTask | None:
         """Make one pending task this object's; None if another was quicker, or it cannot be run."""
         parsed = _parse(name)
         if parsed is None:
@@ -715,7 +715,9 @@ class FemtoQueue:
             if self.max_attempts is not None and used >= self.max_attempts:
                 self._bury(source, id)
                 return None
-            if not _rename(source, path) and not (self._make_own_directory() and _rename(source, path)):
+            if not _rename(source, path) and not (
+                first and self._make_own_directory() and _rename(source, path)
+            ):
                 self._miss(claim)
                 return None
             self._misses = 0
@@ -729,9 +731,6 @@ class FemtoQueue:
             raise
 
     def _make_own_directory(self) -> bool:
-        if self._own_dir_is_made:
-            return False
-        self._own_dir_is_made = True
         made = _make_directory(self._own_dir)
         if made and self.sync_after_write:
             _sync(self._dirs["in_progress"])
@@ -802,10 +801,12 @@ class FemtoQueue:
         NotInProgress
             If the claim was lost: finished already, or its lease ran out and another worker has it.
         """
+        _check_task(task)
         self._finish(task, "done", self.keep_done)
 
     def fail(self, task: FemtoTask) -> None:
         """Give `task` up: to failed/, or deleted if `keep_failed` is off. Raises like `done`."""
+        _check_task(task)
         self._finish(task, "failed", self.keep_failed)
 
     def _finish(self, task: FemtoTask, state: str, keep: bool) -> None:
@@ -820,6 +821,7 @@ class FemtoQueue:
 
         Once `max_attempts` deliveries are used up it fails instead. Raises like `done`.
         """
+        _check_task(task)
         _check_number("delay_ms", delay_ms, 0, 1e12, "milliseconds")
         if self.max_attempts is not None and task.attempt >= self.max_attempts:
             self.fail(task)
@@ -842,6 +844,7 @@ class FemtoQueue:
     def touch(self, task: FemtoTask) -> None:
         """Begin a new full lease for `task`. Raises like `done`."""
         self._check_open()
+        _check_task(task)
         name = _format(task.id, task.attempt, self._clock.stamp() + self._lease_us)
         source = task.path
         for _ in range(3):
@@ -888,7 +891,9 @@ class FemtoQueue:
     def _is_still_ours(self, task: FemtoTask) -> bool:
         """Is there nobody else who could have moved this claim?"""
         parsed = _parse(os.path.basename(task.path))
-        return parsed is not None and parsed[2] > self._clock.now() and not task._copied
+        lease_runs = parsed is not None and parsed[2] > self._clock.now()
+        mine = os.path.dirname(task.path) == self._own_dir
+        return lease_runs and mine and not (task._copied or _has_forked)
 
     def _locate(self, task: FemtoTask) -> str:
         """Find the claim's file: a `touch` elsewhere renames it, another host mounts it elsewhere."""
@@ -1066,7 +1071,7 @@ class FemtoQueue:
             return
         for state in (*states, *states):
             if state in _FINISHED:
-                if _exists(path := f"{self._dirs[state]}/{id}"):
+                if _is_regular(path := f"{self._dirs[state]}/{id}"):
                     yield state, path
                 continue
             until = f"{id}~" if state == "pending" else "~"  # buckets hold nothing older
@@ -1226,6 +1231,8 @@ class FemtoQueue:
         count = 0
         import threading
 
+        if not callable(handler):
+            raise TypeError(f"handler: expected a callable, got {type(handler).__name__}")
         current: list[FemtoTask] = []
         ended = threading.Event()
         heart = threading.Thread(target=self._keep_alive, args=(current, ended), daemon=True)
@@ -1332,6 +1339,8 @@ def _is_original(entry: os.DirEntry[str]) -> bool:
         return False
     if not _is_file(entry):
         return False
+    if _LEGACY_NAME in entry.name:
+        return True
     try:
         with open(entry.path, "rb") as file:
             return file.read(len(_LEGACY_MAGIC)) == _LEGACY_MAGIC
@@ -1377,7 +1386,7 @@ def _check(id: str, chunks: Iterable[bytes]) -> int | None:
         return 0 if crc == int(crc_text, 16) else None
     if digest is not None and digest.digest() == head[len(_LEGACY_MAGIC) :]:
         return _LEGACY_HEADER
-    return None if "_<built-in method hex of bytes object at 0x" in id else 0
+    return None if _LEGACY_NAME in id else 0
 
 
 def _order(name: str, by_time: bool) -> tuple[int, str]:
@@ -1527,6 +1536,10 @@ def _exists(path: str) -> bool:
     return True
 
 
+def _is_regular(path: str) -> bool:
+    return _exists(path) and stat.S_ISREG(os.lstat(path).st_mode)
+
+
 def _gone(path: str) -> FileNotFoundError:
     return FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), path)
 
@@ -1673,8 +1686,10 @@ def _read_offset(path: str) -> int | None:
     """The clock's offset; None if there is no such file, or it is broken."""
     try:
         descriptor = os.open(path, _READ_FLAGS)
-    except FileNotFoundError:
-        return None
+    except OSError as error:
+        if error.errno in (errno.ENOENT, errno.ELOOP, errno.ENXIO):
+            return None  # not there, a link, a socket
+        raise
     try:
         text = os.read(descriptor, 100).decode("ascii", "replace")
     finally:
@@ -1767,6 +1782,7 @@ def _is_alive(owner: str, node_id: str) -> bool | None:
 
 
 _me: _Identity | None = None
+_has_forked = False  # then another process may hold the same tasks
 _objects: weakref.WeakValueDictionary[str, FemtoQueue] = weakref.WeakValueDictionary()
 
 
@@ -1777,10 +1793,23 @@ def _identity() -> _Identity:
     return _me
 
 
+def _look_soon(root: str) -> None:
+    """An object of this process is gone: its tasks come back at the next pop of any other."""
+    for queue in list(_objects.values()):
+        if queue._root == root:
+            queue._look_at_us = 0
+
+
+def _note_fork() -> None:
+    global _has_forked
+    _has_forked = True
+
+
 def _begin_in_child() -> None:
     """After a fork: the child is another owner, and no lock may stay held by a thread it lacks."""
     global _me
     _me = None
+    _note_fork()
     objects = list(_objects.values())
     _objects.clear()
     for queue in objects:
@@ -1790,7 +1819,7 @@ def _begin_in_child() -> None:
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_begin_in_child)
+    os.register_at_fork(after_in_parent=_note_fork, after_in_child=_begin_in_child)
 
 
 # --- arguments ----------------------------------------------------------------------------------------
@@ -1807,10 +1836,24 @@ def _payload(data: object) -> bytes:
         raise TypeError(f"data: expected a bytes-like object, got {type(data).__name__}") from None
 
 
+def _path(name: str, path: str | os.PathLike[str]) -> str:
+    text = os.fspath(path) if hasattr(path, "__fspath__") else path
+    if not isinstance(text, str):
+        raise TypeError(f"{name}: expected str or os.PathLike[str], got {type(text).__name__}")
+    return text
+
+
+def _check_task(task: object) -> None:
+    if not isinstance(task, FemtoTask):
+        raise TypeError(f"task: expected what pop() returned, got {type(task).__name__}")
+
+
 def _due_us(time_us: int | datetime.datetime) -> int:
+    import datetime
+
     if isinstance(time_us, int):
         due_us = time_us
-    elif hasattr(time_us, "utcoffset"):
+    elif isinstance(time_us, datetime.datetime):
         if time_us.utcoffset() is None:
             raise ValueError("time_us: a datetime without a time zone is ambiguous; .astimezone() it")
         due_us = round(time_us.timestamp() * 1_000_000)
