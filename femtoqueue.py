@@ -545,9 +545,9 @@ class FemtoQueue:
                     os.close(descriptor)  # where a network filesystem reports a failed write
                 else:
                     descriptors.append(descriptor)
-        except BaseException:
+        except BaseException as error:
             _discard(path)
-            raise
+            raise _with_path(error, path)
         return path, crc
 
     def _publish(self, source: str, state: str, time_us: int, name: str) -> None:
@@ -723,12 +723,12 @@ class FemtoQueue:
             self._misses = 0
             self._claimed_at_us = now_us
             return self._load(path, id, used + 1)
-        except BaseException:
+        except BaseException as error:
             # It was not delivered: back as it was, now, or at the next look, or after the lease.
             self._unsure.add(claim)
             _give_way(path, source)
             self._forget_listings()
-            raise
+            raise _with_path(error, path)
 
     def _make_own_directory(self) -> bool:
         made = _make_directory(self._own_dir)
@@ -1001,7 +1001,7 @@ class FemtoQueue:
         """Delete what dead writers left half-written."""
         for entry in _list(self._dirs["creating"]):
             owner, _, stamp = entry.name.rpartition("~")
-            if _is_owner(owner) and _is_digits(stamp[:16]):
+            if _is_owner(owner) and _is_digits(stamp[:16], 16) and _is_file(entry):
                 alive = _is_alive(owner, self.node_id)
                 if alive is False or (alive is None and now_us - int(stamp[:16]) > _ORPHAN_US):
                     _discard(entry.path)
@@ -1076,7 +1076,7 @@ class FemtoQueue:
                 continue
             until = f"{id}~" if state == "pending" else "~"  # buckets hold nothing older
             for name, directory in self._files(state, until):
-                if name.partition("~")[0] == id:
+                if name.startswith(id) and (_parse(name) or "")[:1] == (id,):
                     yield state, f"{directory}/{name}"
 
     def _report(self) -> dict[str, list[dict[str, object]]]:
@@ -1540,6 +1540,13 @@ def _is_regular(path: str) -> bool:
     return _exists(path) and stat.S_ISREG(os.lstat(path).st_mode)
 
 
+def _with_path(error: BaseException, path: str) -> BaseException:
+    """The same error; what the system says of a descriptor lacks the path."""
+    if isinstance(error, OSError) and error.filename is None:
+        error.filename = path
+    return error
+
+
 def _gone(path: str) -> FileNotFoundError:
     return FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), path)
 
@@ -1621,6 +1628,8 @@ def _sync(*directories: str) -> None:
             continue
         try:
             os.fsync(descriptor)
+        except OSError as error:
+            raise _with_path(error, directory)
         finally:
             os.close(descriptor)
 
