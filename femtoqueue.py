@@ -679,14 +679,14 @@ class FemtoQueue:
                 name, directory = found
                 if name in tried:
                     continue  # listed although it is gone, as network filesystems do
-                task = self._claim(directory, name, now_us, first=not tried)
+                task = self._claim(directory, name, now_us)
                 if task is not None:
                     return task
                 tried |= {name}
                 new = True
             if listing:
                 self._remove_empty(listing.empty, now_us)
-            quiet = 0 if new else quiet + begun
+            quiet = 0 if new or (listing and listing.skipped) else quiet + begun
             if quiet and (quiet == 3 or not (listing and listing.hides)):
                 return None
             # What is stamped in the future twice over comes from a machine whose clock is ahead.
@@ -702,7 +702,7 @@ class FemtoQueue:
             if now_us - start_us > _SETTLE_US + (0 if start_us % width else width):
                 _remove_directory(bucket)
 
-    def _claim(self, directory: str, name: str, now_us: int, first: bool) -> FemtoTask | None:
+    def _claim(self, directory: str, name: str, now_us: int) -> FemtoTask | None:
         """Make one pending task this object's; None if another was quicker, or it cannot be run."""
         parsed = _parse(name)
         if parsed is None:
@@ -715,9 +715,7 @@ class FemtoQueue:
             if self.max_attempts is not None and used >= self.max_attempts:
                 self._bury(source, id)
                 return None
-            if not _rename(source, path) and not (
-                first and self._make_own_directory() and _rename(source, path)
-            ):
+            if not _rename(source, path) and not (self._make_own_directory() and _rename(source, path)):
                 self._miss(claim)
                 return None
             self._misses = 0
@@ -731,10 +729,13 @@ class FemtoQueue:
             raise _with_path(error, path)
 
     def _make_own_directory(self) -> bool:
-        made = _make_directory(self._own_dir)
-        if made and self.sync_after_write:
+        """Make what an idle worker removes; False if it is there, and so the task is what is missing."""
+        if os.path.isdir(self._own_dir):
+            return False
+        _make_directory(self._own_dir)
+        if self.sync_after_write:
             _sync(self._dirs["in_progress"])
-        return bool(made)
+        return True
 
     def _miss(self, claim: str) -> None:
         # The rename may have been done all the same, and its answer lost on a network.
@@ -1440,6 +1441,7 @@ class _Listing:
 
     def __init__(self, directory: str, horizon_us: int | None = None) -> None:
         self.hides = False
+        self.skipped = False
         self.empty: list[str] = []
         self._end = "~" if horizon_us is None else "%016d~" % horizon_us
         self._directory = directory
@@ -1469,6 +1471,7 @@ class _Listing:
 
     def skip(self, count: int) -> None:
         if count:
+            self.skipped = True
             del self._final[-count:]
 
     def _open_more(self) -> bool:
