@@ -259,6 +259,7 @@ class FemtoQueue:
         self._look_at_us = 0
         self._sweep_at_us = 0
         self._claimed_at_us = 0
+        self._claimed_from: set[str] = set()  # directories not synced since
         self._room = 0
 
     def _make_directories(self) -> None:
@@ -453,7 +454,9 @@ class FemtoQueue:
                 time_us = self._clock.stamp()
                 id = f"{self._new_stem(time_us)}.{crc:08x}"
                 try:
-                    self._publish(source, "pending", time_us, id)
+                    self._publish(
+                        source, "pending", time_us, id, os.path.dirname(os.path.abspath(source))
+                    )
                     return id
                 except OSError as error:
                     if error.errno != errno.EXDEV:
@@ -550,14 +553,14 @@ class FemtoQueue:
             raise _with_path(error, path)
         return path, crc
 
-    def _publish(self, source: str, state: str, time_us: int, name: str) -> None:
+    def _publish(self, source: str, state: str, time_us: int, name: str, *also: str) -> None:
         """Make a whole file a task, for good; if that fails, it is no task."""
         bucket = self._put(source, state, time_us, name)
         if bucket is None:
             raise _gone(source)
         if self.sync_after_write:
             try:
-                _sync(*bucket.directories())
+                _sync(*bucket.directories(), *also)
             except BaseException:
                 # Withdrawn, unless a worker has it already. A file to be moved is where it was.
                 _give_way(f"{bucket.path}/{name}", source)
@@ -720,6 +723,8 @@ class FemtoQueue:
                 return None
             self._misses = 0
             self._claimed_at_us = now_us
+            if self.sync_after_write:
+                self._claimed_from.add(directory)
             return self._load(path, id, used + 1)
         except BaseException as error:
             # It was not delivered: back as it was, now, or at the next look, or after the lease.
@@ -886,7 +891,11 @@ class FemtoQueue:
         else:
             raise _gone(target or source)
         if self.sync_after_write:
-            _sync(os.path.dirname(source), *directories)
+            # A rename is certain when both sides are. That holds for the claims' renames too: once this
+            # makes their new names certain, the old ones must not come back beside them.
+            claimed_from = tuple(self._claimed_from)
+            _sync(*claimed_from, os.path.dirname(source), *directories)
+            self._claimed_from.difference_update(claimed_from)
         task._leaving = _LEFT
 
     def _is_still_ours(self, task: FemtoTask) -> bool:
