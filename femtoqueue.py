@@ -649,7 +649,6 @@ class FemtoQueue:
             None only after `timeout`, and never while a task is pending or due. The task is this
             object's for the lease of `timeout_stale_ms`; finish it with `done`, `fail` or `retry`.
         """
-        self._check_open()
         if timeout is not None and timeout != 0:
             _check_timeout(timeout)
         return self._pop(timeout)
@@ -657,6 +656,7 @@ class FemtoQueue:
     def _pop(self, timeout: float | None, stopped: Sequence[int] = ()) -> FemtoTask | None:
         end_s = 0.0 if timeout == 0 else None if timeout is None else time.monotonic() + timeout
         while not stopped:
+            self._check_open()
             now_us = self._clock.stamp()
             if now_us >= self._look_at_us:
                 self._look()
@@ -1185,6 +1185,7 @@ class FemtoQueue:
             if left_s <= 0:
                 return False
             time.sleep(min(left_s, _POLL_S))
+            self._check_open()
         return True
 
     def _holds(self, state: str) -> bool:
@@ -1289,7 +1290,7 @@ class FemtoQueue:
             for task in tuple(current):
                 try:
                     self.touch(task)
-                except NotInProgress:
+                except FemtoQueueError:  # NotInProgress, or closed
                     task.lost = True
                 except OSError as error:
                     _log("%s: its lease could not be renewed", task.id, error=error)
@@ -2086,10 +2087,11 @@ def _command_schedule(options: argparse.Namespace) -> int:
     import datetime
 
     if options.when.startswith("+"):
-        due_us = _wall_us() + int(_seconds(options.when[1:]) * 1_000_000)
+        due_us = _due_us(_wall_us() + int(_seconds(options.when[1:]) * 1_000_000))
     else:
-        text = options.when.removesuffix("Z") + "+00:00" * options.when.endswith("Z")
-        due_us = _due_us(datetime.datetime.fromisoformat(text).astimezone())
+        due = datetime.datetime.fromisoformat(options.when.removesuffix("Z"))
+        in_utc = options.when.endswith("Z")  # which Python 3.10 does not read
+        due_us = _due_us(due.replace(tzinfo=datetime.timezone.utc) if in_utc else due.astimezone())
     print(_open(options)._schedule(_chunks(0), due_us))
     return 0
 
