@@ -100,7 +100,6 @@ _LEGACY_MAGIC = b"\x01" + bytes(7)
 _LEGACY_HEADER = 24
 _LEGACY_NAME = "_<built-in method hex of bytes object at 0x"  # it meant to call that method
 _LEFT: tuple[str, str | None, tuple[str, ...]] = ("", None, ())
-_NONE: frozenset[str] = frozenset()
 _HEX = set("0123456789abcdef")
 _LAST_CLOCK_US = 7_258_118_400_000_000  # the year 2200: a stray name must not drag the clock along
 
@@ -256,6 +255,7 @@ class FemtoQueue:
         self._misses = 0  # claims in a row that another worker was quicker at
         self._unsure: set[str] = set()  # claims whose rename failed, as far as we were told
         self._has_company = False  # of other processes that claim tasks
+        self._has_hosts = False  # other machines or containers among them
         self._look_at_us = 0
         self._sweep_at_us = 0
         self._claimed_at_us = 0
@@ -550,7 +550,8 @@ class FemtoQueue:
                     descriptors.append(descriptor)
         except BaseException as error:
             _discard(path)
-            raise _with_path(error, path)
+            _add_path(error, path)
+            raise
         return path, crc
 
     def _publish(self, source: str, state: str, time_us: int, name: str, *also: str) -> None:
@@ -654,26 +655,44 @@ class FemtoQueue:
         return self._pop(timeout)
 
     def _pop(self, timeout: float | None, stopped: Sequence[int] = ()) -> FemtoTask | None:
-        end_s = 0.0 if timeout == 0 else None if timeout is None else time.monotonic() + timeout
+        end_s = None if timeout is None else time.monotonic() + timeout
         while not stopped:
             self._check_open()
             now_us = self._clock.stamp()
             if now_us >= self._look_at_us:
                 self._look()
+            begun_s = time.time()
             if task := self._take(now_us):
                 return task
-            left_s = _POLL_S if end_s is None else end_s and end_s - time.monotonic()
-            if left_s <= 0:
+            if end_s is not None and (timeout == 0 or time.monotonic() >= end_s):
                 if not self._look():
                     return None
             elif not self._promote():
-                time.sleep(min(left_s, _POLL_S))
+                self._rest(begun_s, end_s, stopped)
         return None
+
+    def _rest(self, begun_s: float, end_s: float | None, stopped: Sequence[int]) -> None:
+        """Sleep until there may be something to do; for a tenth of a second at most.
+
+        A change of the directories' times ends it. They are only trusted to come early: a filesystem's
+        time moves in steps, so what changed just now is listed again, and so is everything in the end.
+        """
+        listing = self._listing
+        directories = listing.directories if listing else []
+        before = _modified(directories)
+        settled = bool(before) and max(before) < begun_s - 0.02
+        for _ in range(12 if settled else 1):
+            left_s = (self._look_at_us - self._clock.now()) / 1e6
+            if end_s is not None:
+                left_s = min(left_s, end_s - time.monotonic())
+            time.sleep(max(0.0, min(left_s, _POLL_S)))
+            if left_s <= _POLL_S or stopped or _modified(directories) != before:
+                break
 
     def _take(self, now_us: int) -> FemtoTask | None:
         """Claim the oldest task there is; None if a listing begun here has nothing to claim."""
         listing = self._listing
-        tried = _NONE
+        tried: set[str] = set()
         quiet = 0  # listings in a row with nothing new
         begun = False
         while True:
@@ -685,7 +704,7 @@ class FemtoQueue:
                 task = self._claim(directory, name, now_us)
                 if task is not None:
                     return task
-                tried |= {name}
+                tried.add(name)
                 new = True
             if listing:
                 self._remove_empty(listing.empty, now_us)
@@ -731,7 +750,10 @@ class FemtoQueue:
             self._unsure.add(claim)
             _give_way(path, source)
             self._forget_listings()
-            raise _with_path(error, path)
+            if isinstance(error, FileNotFoundError) and not _exists(path):
+                return None  # we were stopped for longer than the lease, and it was taken
+            _add_path(error, path)
+            raise
 
     def _make_own_directory(self) -> bool:
         """Make what an idle worker removes; False if it is there, and so the task is what is missing."""
@@ -746,9 +768,9 @@ class FemtoQueue:
         # The rename may have been done all the same, and its answer lost on a network.
         self._unsure.add(claim)
         # Worker processes all try the same oldest name. Those skipped are found by the next listing.
-        self._misses = min(self._misses + 1, 6)
+        self._misses = min(self._misses + 1, 3)
         if self._listing and self._has_company:
-            self._listing.skip(os.urandom(1)[0] % (1 << self._misses))
+            self._listing.skip(1 + os.urandom(1)[0] % 4**self._misses)
 
     def _bury(self, path: str, id: str) -> None:
         _log("%s has used up its %s attempts", id, self.max_attempts)
@@ -766,7 +788,7 @@ class FemtoQueue:
         """Read and check a claimed file; None if it was broken and is in corrupt/ now."""
         descriptor = os.open(path, _READ_FLAGS)
         try:
-            if attempt > 1 and self._was_finished(descriptor, id):
+            if (attempt > 1 or self._has_hosts) and self._was_finished(descriptor, id):
                 _unlink(path)
                 return None
             data: bytes | None = os.read(descriptor, _SMALL)
@@ -939,7 +961,9 @@ class FemtoQueue:
             if not _is_owner(owner.name) or not owner.is_dir(follow_symlinks=False):
                 continue
             mine = owner.name == self._owner
-            self._has_company |= owner.name.split("~")[1:4] != [str(me.pid), me.start, me.place]
+            pid, start, place = owner.name.split("~")[1:4]
+            self._has_hosts |= place != me.place
+            self._has_company |= (pid, start, place) != (str(me.pid), me.start, me.place)
             alive = _is_alive(owner.name, self.node_id)
             names = _names(owner.path)
             for name in sorted(names):
@@ -1455,6 +1479,7 @@ class _Listing:
         self.empty: list[str] = []
         self._end = "~" if horizon_us is None else "%016d~" % horizon_us
         self._directory = directory
+        self.directories = [directory]
         self._lock = _thread.allocate_lock()
         # All of these in descending order, so that the next one is the last.
         self._final: list[tuple[str, str]] = []  # nothing that is not in here yet is smaller
@@ -1488,11 +1513,12 @@ class _Listing:
         while self._buckets and not (self._hand and self._hand[-1][0] < self._buckets[-1]):
             bucket = f"{self._directory}/{self._buckets[-1]}"
             names = _names(bucket)
+            self.directories.append(bucket)
             self._buckets.pop()  # not before: should the listing fail, it is still to be done
             if not names:
                 self.empty.append(bucket)
             self._take_up(names, bucket)
-        if not self._buckets:
+        if not self._buckets or (self._hand and self._hand[0][0] < self._buckets[-1]):
             self._final, self._hand = self._hand, []
         else:  # what is smaller than the next bucket's name: nothing in there is older
             while self._hand and self._hand[-1][0] < self._buckets[-1]:
@@ -1501,12 +1527,10 @@ class _Listing:
         return bool(self._final)
 
     def _take_up(self, names: list[str], directory: str) -> None:
-        for name in names:
-            if name[16:17] == "_":
-                if name <= self._end:
-                    self._hand.append((name, directory))
-                else:
-                    self.hides = True
+        tasks = [name for name in names if name[16:17] == "_"]
+        listed = [(name, directory) for name in tasks if name <= self._end]
+        self.hides |= len(listed) < len(tasks)
+        self._hand += listed
         self._hand.sort(reverse=True)
 
 
@@ -1553,11 +1577,10 @@ def _is_regular(path: str) -> bool:
     return _exists(path) and stat.S_ISREG(os.lstat(path).st_mode)
 
 
-def _with_path(error: BaseException, path: str) -> BaseException:
-    """The same error; what the system says of a descriptor lacks the path."""
+def _add_path(error: BaseException, path: str) -> None:
+    """An error about a descriptor lacks it."""
     if isinstance(error, OSError) and error.filename is None:
         error.filename = path
-    return error
 
 
 def _gone(path: str) -> FileNotFoundError:
@@ -1605,6 +1628,14 @@ def _find_claim(directory: str, id: str, attempt: int) -> str | None:
     return None
 
 
+def _modified(directories: list[str]) -> list[float]:
+    """When each was changed, by the filesystem's clock."""
+    try:
+        return [os.stat(directory).st_mtime for directory in directories]
+    except OSError:
+        return []  # whoever lists it will see
+
+
 def _make_directory(path: str) -> list[str]:
     """Make a directory and what is missing above it; return those that were made."""
     try:
@@ -1642,7 +1673,8 @@ def _sync(*directories: str) -> None:
         try:
             os.fsync(descriptor)
         except OSError as error:
-            raise _with_path(error, directory)
+            _add_path(error, directory)
+            raise
         finally:
             os.close(descriptor)
 
