@@ -469,7 +469,8 @@ def scale(options: argparse.Namespace, progress: Progress) -> Iterator[Section]:
         for number in range(0, backlog, ROUND):
             pair[1].push(ROUND)
             progress(number / backlog)
-        (opened, first, memory, _) = together([(first_pop, str(directory / "ours"))])[0]
+        getattr(os, "sync", lambda: None)()  # or the disk is still busy with writing the backlog
+        opened, first, memory, _ = together([(first_pop, str(directory / "ours"))])[0]
         rounds = interleave(pair, progress, options.seconds)
         queue = FemtoQueue(directory / "ours", NODE, keep_done=False)
         while task := queue.pop():
@@ -689,6 +690,7 @@ def show(section: Section) -> None:
     """A section as text: bars are tasks per second, and where the base would end is shaded."""
     print(f"\n{section.title}")
     width = max(len(row.what) for row in section.rows)
+    units = max(len(row.unit) for row in section.rows)
     speeds = [max(row.value, row.base or 0) for row in section.rows if row.unit == "tasks/s"]
     for row in section.rows:
         digits = 0 if row.value >= 1_000 else 1 if row.value >= 10 else 2
@@ -697,8 +699,8 @@ def show(section: Section) -> None:
             length, base = (round(x / max(speeds) * BAR) for x in (row.value, row.base or 0))
             bar = ("█" * length).ljust(base, "░")
         ratio = f"{row.ratio:.2f} {row.against}" if row.ratio else ""
-        line = f"  {row.what:{width}} {row.value:9,.{digits}f} {row.unit:{7 if speeds else 0}} "
-        print((line + f"{bar:{BAR}} {ratio}" if speeds else line).rstrip())
+        line = f"  {row.what:{width}} {row.value:9,.{digits}f} {row.unit:{units}}"
+        print(f"{line} {bar:{BAR if speeds else 0}} {ratio}".rstrip())
 
 
 def plot(sections: Sequence[Section], about: str, path: Path) -> None:

@@ -139,6 +139,7 @@ class FemtoTask:
         self.attempt = attempt
         self.path = path
         self._data = data
+        self._forks = _forks
 
     @property
     def data(self) -> bytes:
@@ -257,9 +258,10 @@ class FemtoQueue:
         self._has_company = False  # of other processes that claim tasks
         self._has_hosts = False  # other machines or containers among them
         self._look_at_us = 0
+        self._look_failed = False
         self._sweep_at_us = 0
         self._claimed_at_us = 0
-        self._claimed_from: set[str] = set()  # directories not synced since
+        self._unsynced: set[str] = set()  # directories of renames that nobody was told of yet
         self._room = 0
 
     def _make_directories(self) -> None:
@@ -743,7 +745,7 @@ class FemtoQueue:
             self._misses = 0
             self._claimed_at_us = now_us
             if self.sync_after_write:
-                self._claimed_from.add(directory)
+                self._unsynced.add(directory)
             return self._load(path, id, used + 1)
         except BaseException as error:
             # It was not delivered: back as it was, now, or at the next look, or after the lease.
@@ -756,7 +758,7 @@ class FemtoQueue:
             raise
 
     def _make_own_directory(self) -> bool:
-        """Make what an idle worker removes; False if it is there, and so the task is what is missing."""
+        """Make what an idle worker removes; False if it is there: then the task is missing."""
         if os.path.isdir(self._own_dir):
             return False
         _make_directory(self._own_dir)
@@ -913,19 +915,25 @@ class FemtoQueue:
         else:
             raise _gone(target or source)
         if self.sync_after_write:
-            # A rename is certain when both sides are. That holds for the claims' renames too: once this
-            # makes their new names certain, the old ones must not come back beside them.
-            claimed_from = tuple(self._claimed_from)
-            _sync(*claimed_from, os.path.dirname(source), *directories)
-            self._claimed_from.difference_update(claimed_from)
+            self._sync_unsynced(os.path.dirname(source), *directories)
         task._leaving = _LEFT
+
+    def _sync_unsynced(self, *directories: str) -> None:
+        """Sync these, and both sides of the renames that were left to be synced.
+
+        One side alone would be wrong: on btrfs, a file whose new name alone is certain comes back under
+        the old one as well.
+        """
+        unsynced = tuple(self._unsynced)
+        _sync(*{*unsynced, *directories})
+        self._unsynced.difference_update(unsynced)
 
     def _is_still_ours(self, task: FemtoTask) -> bool:
         """Is there nobody else who could have moved this claim?"""
         parsed = _parse(os.path.basename(task.path))
         lease_runs = parsed is not None and parsed[2] > self._clock.now()
         mine = os.path.dirname(task.path) == self._own_dir
-        return lease_runs and mine and not (task._copied or _has_forked)
+        return lease_runs and mine and not task._copied and task._forks == _forks
 
     def _locate(self, task: FemtoTask) -> str:
         """Find the claim's file: a `touch` elsewhere renames it, another host mounts it elsewhere."""
@@ -943,13 +951,21 @@ class FemtoQueue:
     def _look(self) -> bool:
         """Bring back what is due or abandoned; tell if anything became pending."""
         now_us = self._clock.now()
-        self._look_at_us = now_us + _LOOK_US
         self._listing = None  # another process may have put a task back at its old place
-        if now_us >= self._sweep_at_us:
-            self._sweep(now_us)
-            self._sweep_at_us = now_us + _SWEEP_US
-        recovered = self._recover(now_us)
-        return self._promote() or recovered
+        try:
+            if now_us >= self._sweep_at_us:
+                self._sweep(now_us)
+                self._sweep_at_us = now_us + _SWEEP_US
+            recovered = self._recover(now_us)
+            self._look_at_us = now_us + _LOOK_US
+            promoted = self._promote()
+        except BaseException:
+            # The next pop tries again. If that fails too, what is pending has its turn before.
+            self._look_at_us = now_us + _LOOK_US if self._look_failed else 0
+            self._look_failed = True
+            raise
+        self._look_failed = False
+        return promoted or recovered
 
     def _recover(self, now_us: int) -> bool:
         """Take back the tasks of owners that are gone, and those whose lease ran out."""
@@ -1009,20 +1025,26 @@ class FemtoQueue:
                     continue
                 next_due_us = min(next_due_us, due_us)
                 if moved_closer < _BATCH and _period("scheduled", due_us)[0] > int(entry.name[:16]):
-                    moved_closer += self._put(path, "scheduled", due_us, name) is not None
+                    moved_closer += self._move(path, "scheduled", due_us, name)
         moved = sum(self._put_back(path, name) for _, name, path in sorted(due)[:_BATCH])
         self._look_at_us = min(self._look_at_us, self._clock.now() + max(0, next_due_us - now_us))
         return self._moved(moved)
 
     def _put_back(self, path: str, name: str) -> bool:
         """Make a task pending, at its old place; False if it is not there any more."""
-        return self._put(path, "pending", int(name[:16]), name) is not None
+        return self._move(path, "pending", int(name[:16]), name)
+
+    def _move(self, path: str, state: str, time_us: int, name: str) -> bool:
+        bucket = self._put(path, state, time_us, name)
+        if bucket and self.sync_after_write:
+            self._unsynced.update((os.path.dirname(path), *bucket.directories()))
+        return bucket is not None
 
     def _moved(self, count: int) -> bool:
         if count:
             self._forget_listings()
             if self.sync_after_write:
-                _sync(self._dirs["pending"])
+                self._sync_unsynced()
         return count > 0
 
     def _forget_listings(self) -> None:
@@ -1224,6 +1246,8 @@ class FemtoQueue:
         for name in _names(self._own_dir):
             if parsed := _parse(name):
                 self._put_back(f"{self._own_dir}/{name}", _format(*parsed[:2]))
+        if self.sync_after_write:
+            self._sync_unsynced()
         _remove_directory(self._own_dir)
         self._forget_listings()
 
@@ -1397,8 +1421,8 @@ def _read_more(descriptor: int, path: str, data: bytes) -> bytes | None:
 def _check(id: str, chunks: Iterable[bytes]) -> int | None:
     """Where in the file the payload begins, or None if the file is broken.
 
-    Ours carries its CRC-32 in the id. The original wrote a header with an MD5 digest before it. Anything
-    else was put there by somebody else, and is taken as it is.
+    Ours carries its CRC-32 in the id. The original wrote a header with an MD5 digest before it. What
+    anybody else put there is taken as it is.
     """
     stem, _, crc_text = id.rpartition(".")
     nonce = stem.rpartition("_")[2]
@@ -1551,10 +1575,8 @@ def _rename(source: str, target: str) -> bool:
 def _unlink(path: str) -> bool:
     try:
         os.unlink(path)
-    except OSError as error:
-        if _is_gone(error, path):
-            return False
-        raise
+    except (FileNotFoundError, NotADirectoryError):
+        return False
     return True
 
 
@@ -1836,7 +1858,7 @@ def _is_alive(owner: str, node_id: str) -> bool | None:
 
 
 _me: _Identity | None = None
-_has_forked = False  # then another process may hold the same tasks
+_forks = 0  # of this process; another one holds the same tasks as before each
 _objects: weakref.WeakValueDictionary[str, FemtoQueue] = weakref.WeakValueDictionary()
 
 
@@ -1855,8 +1877,8 @@ def _look_soon(root: str) -> None:
 
 
 def _note_fork() -> None:
-    global _has_forked
-    _has_forked = True
+    global _forks
+    _forks += 1
 
 
 def _begin_in_child() -> None:
