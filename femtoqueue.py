@@ -261,7 +261,7 @@ class FemtoQueue:
         self._look_failed = False
         self._sweep_at_us = 0
         self._claimed_at_us = 0
-        self._unsynced: set[str] = set()  # directories of renames that nobody was told of yet
+        self._unsynced: dict[str, None] = {}  # directories of renames not synced, the old side first
         self._room = 0
 
     def _make_directories(self) -> None:
@@ -745,7 +745,7 @@ class FemtoQueue:
             self._misses = 0
             self._claimed_at_us = now_us
             if self.sync_after_write:
-                self._unsynced.add(directory)
+                self._unsynced[directory] = None
             return self._load(path, id, used + 1)
         except BaseException as error:
             # It was not delivered: back as it was, now, or at the next look, or after the lease.
@@ -921,12 +921,15 @@ class FemtoQueue:
     def _sync_unsynced(self, *directories: str) -> None:
         """Sync these, and both sides of the renames that were left to be synced.
 
-        One side alone would be wrong: on btrfs, a file whose new name alone is certain comes back under
-        the old one as well.
+        The old side first: on btrfs, a file whose new name alone is certain comes back under the old one
+        as well.
         """
-        unsynced = tuple(self._unsynced)
-        _sync(*{*unsynced, *directories})
-        self._unsynced.difference_update(unsynced)
+        unsynced, self._unsynced = self._unsynced, {}
+        try:
+            _sync(*dict.fromkeys((*unsynced, *directories)))
+        except BaseException:
+            self._unsynced = unsynced | self._unsynced
+            raise
 
     def _is_still_ours(self, task: FemtoTask) -> bool:
         """Is there nobody else who could have moved this claim?"""
@@ -1037,7 +1040,7 @@ class FemtoQueue:
     def _move(self, path: str, state: str, time_us: int, name: str) -> bool:
         bucket = self._put(path, state, time_us, name)
         if bucket and self.sync_after_write:
-            self._unsynced.update((os.path.dirname(path), *bucket.directories()))
+            self._unsynced.update(dict.fromkeys((os.path.dirname(path), *bucket.directories())))
         return bucket is not None
 
     def _moved(self, count: int) -> bool:
