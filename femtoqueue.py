@@ -563,7 +563,7 @@ class FemtoQueue:
             raise _gone(source)
         if self.sync_after_write:
             try:
-                _sync(*bucket.directories(), *also)
+                _sync(*also, *bucket.directories())
             except BaseException:
                 # Withdrawn, unless a worker has it already. A file to be moved is where it was.
                 _give_way(f"{bucket.path}/{name}", source)
@@ -1191,7 +1191,7 @@ class FemtoQueue:
             if bucket:
                 self._forget_listings()
                 if self.sync_after_write:
-                    _sync(*bucket.directories(), os.path.dirname(path))
+                    _sync(os.path.dirname(path), *bucket.directories())
                 return True
         return False
 
