@@ -771,6 +771,9 @@ class FemtoQueue:
         self._unsure.add(claim)
         # Worker processes all try the same oldest name. Those skipped are found by the next listing.
         self._misses = min(self._misses + 1, 3)
+        if not self._has_company:
+            for owner in _list(self._dirs["in_progress"]):
+                self._note_company(owner.name)
         if self._listing and self._has_company:
             self._listing.skip(1 + os.urandom(1)[0] % 4**self._misses)
 
@@ -974,15 +977,12 @@ class FemtoQueue:
         """Take back the tasks of owners that are gone, and those whose lease ran out."""
         moved = 0
         unsure, self._unsure = self._unsure, set()
-        me = _identity()
         self._has_company = False
         for owner in _list(self._dirs["in_progress"]):
             if not _is_owner(owner.name) or not owner.is_dir(follow_symlinks=False):
                 continue
             mine = owner.name == self._owner
-            pid, start, place = owner.name.split("~")[1:4]
-            self._has_hosts |= place != me.place
-            self._has_company |= (pid, start, place) != (str(me.pid), me.start, me.place)
+            self._note_company(owner.name)
             alive = _is_alive(owner.name, self.node_id)
             names = _names(owner.path)
             for name in sorted(names):
@@ -998,6 +998,13 @@ class FemtoQueue:
             if not names and (idle or alive is False):
                 _remove_directory(owner.path)
         return self._moved(moved)
+
+    def _note_company(self, owner: str) -> None:
+        if _is_owner(owner):
+            me = _identity()
+            pid, start, place = owner.split("~")[1:4]
+            self._has_hosts |= place != me.place
+            self._has_company |= (pid, start, place) != (str(me.pid), me.start, me.place)
 
     def _promote(self) -> bool:
         """Make due tasks pending, earliest first; sort those not due yet into closer buckets."""
