@@ -129,15 +129,15 @@ class FemtoTask:
         Set while `FemtoQueue.run` handles this task and its lease was lost all the same.
     """
 
-    lost = False
+    lost: bool = False
     _payload_at = 0  # where in the file the payload begins
     _copied = False  # somebody else may finish it
     _leaving: tuple[str, str | None, tuple[str, ...]] | None = None  # verdict, target, what to sync
 
     def __init__(self, id: str, data: bytes | None, attempt: int = 1, path: str = "") -> None:
-        self.id = id
-        self.attempt = attempt
-        self.path = path
+        self.id: str = id
+        self.attempt: int = attempt
+        self.path: str = path
         self._data = data
         self._forks = _forks
 
@@ -212,8 +212,10 @@ class FemtoQueue:
             raise ValueError(f"data_dir: {root!r} is no path; name a directory")
         if not isinstance(node_id, str):
             raise TypeError(f"node_id: expected str, got {type(node_id).__name__}")
-        if not (node_id and node_id.isprintable() and not {"/", "~"} & set(node_id)):
-            raise ValueError(f"node_id: {node_id!r} must be printable, not empty, without '/' and '~'")
+        forbidden = set('/~<>:"\\|?*' if os.name == "nt" else "/~")
+        if not (node_id and node_id.isprintable()) or forbidden & set(node_id):
+            no = " ".join(sorted(forbidden))
+            raise ValueError(f"node_id: {node_id!r} must be printable, not empty, and without {no}")
         if len(node_id.encode()) > 64:
             raise ValueError(f"node_id: {node_id!r} is longer than 64 bytes; use a shorter name")
         _check_number("timeout_stale_ms", timeout_stale_ms, 1e-3, 1e12, "milliseconds")
@@ -221,14 +223,14 @@ class FemtoQueue:
             _check_int("max_attempts", max_attempts, 1, "at least 1, or None for no limit")
         _check_int("maxsize", maxsize, 0, "at least 0, where 0 is no limit")
 
-        self.data_dir = data_dir
-        self.node_id = node_id
-        self.timeout_stale_ms = timeout_stale_ms
-        self.sync_after_write = bool(sync_after_write)
-        self.max_attempts = max_attempts
-        self.keep_done = bool(keep_done)
-        self.keep_failed = bool(keep_failed)
-        self.maxsize = maxsize
+        self.data_dir: str | os.PathLike[str] = data_dir
+        self.node_id: str = node_id
+        self.timeout_stale_ms: float = timeout_stale_ms
+        self.sync_after_write: bool = bool(sync_after_write)
+        self.max_attempts: int | None = max_attempts
+        self.keep_done: bool = bool(keep_done)
+        self.keep_failed: bool = bool(keep_failed)
+        self.maxsize: int = maxsize
 
         self._root = os.path.abspath(root)  # the program may change its directory
         self._lease_us = int(timeout_stale_ms * 1_000)
@@ -439,32 +441,14 @@ class FemtoQueue:
         """
         self._check_open()
         source = _path("path", path)
-        if move and os.path.islink(source):
-            raise ValueError(f"path: {source!r} is a symbolic link; move the file that it points to")
-        descriptor = os.open(source, _READ_FLAGS if move else _READ_FLAGS & ~_NO_FOLLOW)
+        if self.maxsize:
+            self._make_room()
+        if move and (id := self._push_by_rename(source)):
+            return id
+        descriptor = _open_regular(source, _READ_FLAGS & ~_NO_FOLLOW)
         try:
-            if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-                raise ValueError(f"path: {source!r} is not a regular file")
-            if move:
-                if self.maxsize:
-                    self._make_room()
-                crc = 0
-                for chunk in _chunks(descriptor):
-                    crc = zlib.crc32(chunk, crc)
-                if self.sync_after_write:
-                    os.fsync(descriptor)
-                time_us = self._clock.stamp()
-                id = f"{self._new_stem(time_us)}.{crc:08x}"
-                try:
-                    self._publish(
-                        source, "pending", time_us, id, os.path.dirname(os.path.abspath(source))
-                    )
-                    return id
-                except OSError as error:
-                    if error.errno != errno.EXDEV:
-                        raise
-                os.lseek(descriptor, 0, os.SEEK_SET)
-            id = self._push(_chunks(descriptor))
+            time_us = self._clock.stamp()
+            id = self._add(time_us, _chunks(descriptor))
         finally:
             _close_reader(descriptor)
         if move:
@@ -474,6 +458,30 @@ class FemtoQueue:
                 if _exists(source):
                     self.cancel(id)  # or there would be both the task and the file
                 raise
+        return id
+
+    def _push_by_rename(self, source: str) -> str | None:
+        """Make the file itself a task; None if it lies on another filesystem."""
+        if os.path.islink(source):
+            raise ValueError(f"path: {source!r} is a symbolic link; move the file that it points to")
+        # Windows only syncs what is open for writing, and renames nothing that is open.
+        descriptor = _open_regular(source, _READ_FLAGS | (os.O_RDWR if os.name == "nt" else 0))
+        try:
+            crc = 0
+            for chunk in _chunks(descriptor):
+                crc = zlib.crc32(chunk, crc)
+            if self.sync_after_write:
+                os.fsync(descriptor)
+        finally:
+            _close_reader(descriptor)
+        time_us = self._clock.stamp()
+        id = f"{self._new_stem(time_us)}.{crc:08x}"
+        try:
+            self._publish(source, "pending", time_us, id, os.path.dirname(os.path.abspath(source)))
+        except OSError as error:
+            if error.errno == errno.EXDEV:
+                return None
+            raise
         return id
 
     def schedule(self, data: bytes | bytearray | memoryview, time_us: int | datetime.datetime) -> str:
@@ -924,8 +932,8 @@ class FemtoQueue:
     def _sync_unsynced(self, *directories: str) -> None:
         """Sync these, and both sides of the renames that were left to be synced.
 
-        The old side first: on btrfs, a file whose new name alone is certain comes back under the old one
-        as well.
+        The old side first: on btrfs, a file whose new name alone is certain comes back under the old
+        one as well.
         """
         unsynced, self._unsynced = self._unsynced, {}
         try:
@@ -1591,7 +1599,9 @@ def _unlink(path: str) -> bool:
 
 
 def _is_gone(error: OSError, path: str) -> bool:
-    """Does this error say that somebody else moved `path`? ESTALE, over NFS, may mean just that."""
+    """Does this error say that somebody else has `path`? ESTALE, over NFS, may mean just that."""
+    if os.name == "nt" and error.errno == errno.EACCES:
+        return True  # there, whoever has a file open keeps it from being renamed
     if error.errno == errno.ESTALE:
         return not _exists(path)
     return error.errno in (errno.ENOENT, errno.ENOTDIR)
@@ -1694,7 +1704,7 @@ def _remove_directory(path: str) -> None:
 
 def _sync(*directories: str) -> None:
     """Make what was created in, renamed into or out of these directories survive a power cut."""
-    if os.name == "nt":
+    if os.name == "nt" or sys.platform == "win32":
         return  # a directory cannot be opened there
     for directory in directories:
         try:
@@ -1713,12 +1723,21 @@ def _sync(*directories: str) -> None:
 
 def _sync_files(descriptors: list[int]) -> None:
     """Sync and close files; begin to write all of them before waiting for the first."""
-    if hasattr(os, "posix_fadvise"):
+    if sys.platform == "linux":
         for descriptor in descriptors:
             os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
     while descriptors:
         os.fsync(descriptors[-1])
         os.close(descriptors.pop())
+
+
+def _open_regular(path: str, flags: int) -> int:
+    """Open a file that a caller named, and nothing that would block."""
+    descriptor = os.open(path, flags)
+    if stat.S_ISREG(os.fstat(descriptor).st_mode):
+        return descriptor
+    os.close(descriptor)
+    raise ValueError(f"path: {path!r} is not a regular file")
 
 
 def _close_reader(descriptor: int) -> None:
@@ -1805,7 +1824,7 @@ class _Identity:
             self.place = f"{self.boot}.{_namespace('pid')}"
         except OSError:
             # Not Linux. The boot is told by when it was, which only a change of the wall clock alters.
-            host = os.uname().nodename if hasattr(os, "uname") else os.environ.get("COMPUTERNAME", "")
+            host = _host_name()
             self.place = f"{zlib.crc32(host.encode()):08x}"
             self.boot = f"{self.place}.{(_wall_us() - _monotonic_us()) // 10**8}"
         try:
@@ -1813,6 +1832,12 @@ class _Identity:
             self.sees_processes = os.readlink("/proc/self") == str(self.pid)
         except OSError:
             self.sees_processes = False
+
+
+def _host_name() -> str:
+    if sys.platform == "win32":
+        return os.environ.get("COMPUTERNAME", "")
+    return os.uname().nodename
 
 
 def _namespace(kind: str) -> str:
@@ -1904,7 +1929,7 @@ def _begin_in_child() -> None:
         _objects[queue._owner] = queue
 
 
-if hasattr(os, "register_at_fork"):
+if sys.platform != "win32":
     os.register_at_fork(after_in_parent=_note_fork, after_in_child=_begin_in_child)
 
 
@@ -2072,7 +2097,7 @@ def _complain(message: object) -> int:
 
 def _open(options: argparse.Namespace, max_attempts: int | None = None) -> FemtoQueue:
     # Hosts and containers are often named alike, and a node_id must not be in two places at a time.
-    host = os.uname().nodename if hasattr(os, "uname") else os.environ.get("COMPUTERNAME", "")
+    host = _host_name()
     node_id = f"cli-{zlib.crc32((host + _identity().place).encode()):08x}"
     return FemtoQueue(options.dir, node_id, max_attempts=max_attempts)
 
@@ -2190,12 +2215,12 @@ def _command_run(options: argparse.Namespace) -> int:
             }
             # In a session of its own: Ctrl-C is for us, who let it finish.
             child = subprocess.Popen(
-                options.cmd, stdin=payload, env=environment, start_new_session=os.name != "nt"
+                options.cmd, stdin=payload, env=environment, start_new_session=sys.platform != "win32"
             )
             try:
                 status = child.wait()
             except BaseException:
-                if os.name == "nt":
+                if sys.platform == "win32":
                     child.kill()
                 else:
                     os.killpg(child.pid, signal.SIGKILL)
@@ -2242,7 +2267,7 @@ _COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
 def _script() -> None:
     import signal
 
-    if hasattr(signal, "SIGPIPE"):
+    if sys.platform != "win32":
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `... list done | head` ends quietly
     try:
         sys.exit(main())

@@ -1,0 +1,6429 @@
+# SPDX-License-Identifier: MIT
+"""The promises of femtoqueue, each held by tests.
+
+Processes are real ones, kills are SIGKILL, time is handed in by patching `time.time`, `time.monotonic`
+and `time.sleep`, and faults are injected at each system call in turn.
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import dataclasses
+import datetime
+import errno
+import functools
+import gc
+import hashlib
+import importlib.util
+import inspect
+import itertools
+import json
+import logging
+import multiprocessing
+import os
+import pickle
+import platform
+import queue as queues
+import random
+import re
+import shlex
+import shutil
+import signal
+import stat
+import subprocess
+import sys
+import sysconfig
+import tarfile
+import tempfile
+import threading
+import time
+import traceback
+import types
+import uuid
+import venv
+import weakref
+import zipfile
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from queue import Full
+from typing import Any, NamedTuple
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+import femtoqueue
+from femtoqueue import STATES, FemtoQueue, FemtoQueueError, FemtoTask, NotInProgress
+
+HERE = Path(__file__).resolve().parent
+MODULE = Path(femtoqueue.__file__).resolve()
+PRELUDE = f"import sys, os, time; sys.path.insert(0, {str(MODULE.parent)!r}); import femtoqueue; from femtoqueue import *\n"
+
+
+class Time:
+    """Stands in for the clocks: it moves when told to, and when somebody sleeps."""
+
+    def __init__(self, wall: float = 1_800_000_000.0, monotonic: float = 5_000.0) -> None:
+        self.wall = wall
+        self.boot = monotonic
+
+    def advance(self, seconds: float) -> None:
+        self.wall += seconds
+        self.boot += seconds
+
+    def step_wall(self, seconds: float) -> None:
+        """Somebody set the wall clock."""
+        self.wall += seconds
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Time:
+    """Time that stands still unless the test, or a sleep, moves it."""
+    fake = Time()
+    monkeypatch.setattr(time, "time", lambda: fake.wall)
+    monkeypatch.setattr(time, "monotonic", lambda: fake.boot)
+    monkeypatch.setattr(time, "sleep", fake.advance)
+    return fake
+
+
+@pytest.fixture
+def directory(tmp_path: Path) -> Path:
+    """Where a queue may be made; nothing is there yet."""
+    return tmp_path / "queue"
+
+
+def start(code: str, *arguments: object, **options: object) -> subprocess.Popen[str]:
+    """Start a real Python process that runs `code`, with femtoqueue imported; sys.argv[1:] = arguments."""
+    options = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, **options}
+    command = [sys.executable, "-c", PRELUDE + code, *map(str, arguments)]
+    return subprocess.Popen(command, **options)  # type: ignore[call-overload, no-any-return]
+
+
+def run(code: str, *arguments: object, **options: object) -> str:
+    """Run `code` in a real process to its end and return what it printed."""
+    process = start(code, *arguments, **options)
+    out, _ = process.communicate(timeout=60)
+    assert process.returncode == 0, out
+    return out
+
+
+def files(directory: Path) -> list[str]:
+    """All files below `directory`, relative to it, sorted."""
+    return sorted(str(p.relative_to(directory)) for p in directory.rglob("*") if not p.is_dir())
+
+
+# ====================================================================================================
+# The queue: original, names, clock, owners, waiting, arguments, threads
+# ====================================================================================================
+
+NOW_US = 1_800_000_000_000_000  # where the `clock` fixture begins
+OLD_ID = "1700000000000000_host_0123456789ab000000.00000000"
+DEAD_OWNER = "host~4194305~1~elsewhere~0"
+
+
+def drained(queue: FemtoQueue) -> list[bytes]:
+    """Pop and finish all there is."""
+    found = []
+    while task := queue.pop():
+        found.append(task.data)
+        queue.done(task)
+    return found
+
+
+def drained_one(queue: FemtoQueue, timeout_s: float = 0) -> bytes:
+    """Pop one task and finish it."""
+    task = queue.pop(timeout_s)
+    assert task
+    queue.done(task)
+    return task.data
+
+
+def put(path: Path, data: bytes = b"x") -> Path:
+    """Write a file, and make the directories above it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(data)
+    return path
+
+
+def start_under(prefix: list[str], code: str, *arguments: object) -> subprocess.Popen[str]:
+    """`start`, by way of another command."""
+    command = [*prefix, sys.executable, "-c", PRELUDE + code, *map(str, arguments)]
+    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+
+def run_under(prefix: list[str], code: str, *arguments: object) -> str:
+    """`run`, by way of another command."""
+    process = start_under(prefix, code, *arguments)
+    out, _ = process.communicate(timeout=60)
+    assert process.returncode == 0, out
+    return out
+
+
+def needs(*command: str) -> pytest.MarkDecorator:
+    """Skip where this command does not work: it takes root, a package, or a newer kernel."""
+    found = shutil.which(command[0])
+    works = found and subprocess.run([found, *command[1:]], capture_output=True).returncode == 0
+    return pytest.mark.skipif(not works, reason=f"`{' '.join(command)}` does not work here")
+
+
+NEW_PIDS = ["unshare", "-pf", "--kill-child", "--mount-proc"]
+NEW_PIDS_OLD_PROC = ["unshare", "-pf", "--kill-child"]
+NEW_TIME = ["unshare", "-T", "-f", "--kill-child", "--monotonic", "100000"]
+needs_pid_namespace = needs(*NEW_PIDS, "true")
+needs_time_namespace = needs(*NEW_TIME, "true")
+needs_mounts = needs("unshare", "-m", "mount", "--bind", "/dev/null", "/proc/sys/kernel/random/boot_id")
+needs_faketime = needs("faketime", "2001-01-01", "true")
+needs_root = pytest.mark.skipif(os.name == "nt" or os.geteuid() != 0, reason="only root may do this")
+
+
+def rebooted(tmp_path: Path) -> list[str]:
+    """A command prefix under which the machine seems to have been booted once more."""
+    boot_id = put(tmp_path / f"boot-{uuid.uuid4()}", f"{uuid.uuid4()}\n".encode())
+    script = 'mount --bind "$0" /proc/sys/kernel/random/boot_id && exec "$@"'
+    return ["unshare", "-m", "sh", "-c", script, str(boot_id)]
+
+
+# What a machine without a battery for its clock sees after a boot, until it finds an NTP server.
+IN_2001 = """
+real, booted = time.monotonic, time.monotonic()
+time.time = lambda: 978_307_200 + real() - booted
+time.monotonic = lambda: real() - booted
+"""
+CLAIM = """
+queue = FemtoQueue(sys.argv[1], sys.argv[2])
+task = queue.pop()
+print(task.id, flush=True)
+for line in sys.stdin:
+    try:
+        print(eval(line), flush=True)
+    except NotInProgress:
+        print("NotInProgress", flush=True)
+"""
+
+
+@contextmanager
+def claimed_by(
+    directory: Path, node_id: str, prefix: list[str] | None = None
+) -> Iterator[subprocess.Popen[str]]:
+    """A real process that has claimed the oldest task, and then does what it is told."""
+    process = start_under(prefix or [], CLAIM, directory, node_id)
+    try:
+        assert process.stdout and process.stdout.readline(), "it did not get the task"
+        yield process
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def tell(process: subprocess.Popen[str], expression: str) -> str:
+    """Have a process that `claimed_by` started evaluate this; return what it prints."""
+    assert process.stdin and process.stdout
+    process.stdin.write(expression + "\n")
+    process.stdin.flush()
+    return process.stdout.readline().strip()
+
+
+def killed(process: subprocess.Popen[str]) -> None:
+    """End a process with SIGKILL, and wait for it."""
+    process.kill()
+    process.wait()
+
+
+def set_to_real_time(clock: Time) -> None:
+    """Bring the `clock` to where the clocks of the real processes are."""
+    clock.wall = time.clock_gettime(time.CLOCK_REALTIME)
+    clock.boot = time.clock_gettime(time.CLOCK_MONOTONIC)
+
+
+@pytest.fixture
+def now(clock: Time) -> Time:
+    """The `clock`, set to the real time, so that a queue can be shared with real processes."""
+    set_to_real_time(clock)
+    return clock
+
+
+@pytest.fixture
+def no_hang() -> Iterator[None]:
+    """Fail instead of blocking for ever."""
+
+    def stop(number: int, frame: object) -> None:
+        raise TimeoutError("blocked")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.alarm(20)
+    yield
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, before)
+
+
+# --- the API, and the original's directories ----------------------------------------------------------
+
+
+def test_signature() -> None:
+    """The constructor takes what the original's takes, in its order, and more by keyword only."""
+    assert str(inspect.signature(FemtoQueue)).replace("'", "").replace(" -> None", "") == (
+        "(data_dir: str | os.PathLike[str], node_id: str, timeout_stale_ms: float = 30000, "
+        "sync_after_write: bool = False, *, max_attempts: int | None = None, keep_done: bool = True, "
+        "keep_failed: bool = True, maxsize: int = 0)"
+    )
+
+
+def test_finished_files(directory: Path) -> None:
+    """done/<task.id> exists after done, failed/<task.id> after fail, each with the payload."""
+    queue = FemtoQueue(directory, "a")
+    ids = [queue.push(b"good"), queue.push(b"bad")]
+    good, bad = queue.pop(), queue.pop()
+    assert good and bad
+    assert [(good.id, good.data), (bad.id, bad.data)] == [(ids[0], b"good"), (ids[1], b"bad")]
+    queue.done(good)
+    queue.fail(bad)
+    assert (directory / "done" / good.id).read_bytes() == b"good"
+    assert (directory / "failed" / bad.id).read_bytes() == b"bad"
+    assert queue.pop() is None
+
+
+@pytest.mark.parametrize("kind", [str, Path])
+def test_data_dir(directory: Path, kind: type) -> None:
+    """data_dir is a str or a path, of a directory that is made if need be."""
+    FemtoQueue(kind(directory / "deep" / "er"), "a").push(b"x")
+    assert drained(FemtoQueue(directory / "deep" / "er", "b")) == [b"x"]
+
+
+class Original:
+    """Writes a directory as version 0.3 and 0.4 of the original femtoqueue do."""
+
+    def __init__(self, directory: Path, *states: str) -> None:
+        self.directory = directory
+        self.count = 0
+        for state in ("creating", "pending", "done", "failed", *states):
+            (directory / state).mkdir(parents=True)
+
+    def put(self, state: str, time_us: int, payload: bytes, size: int | None = None) -> Path:
+        """One task; with `size`, only so much of its file, as a power cut leaves it."""
+        self.count += 1
+        name = f"{time_us}_<built-in method hex of bytes object at 0x7f{self.count:010x}>"
+        content = b"\x01" + bytes(7) + hashlib.md5(payload).digest() + payload
+        return put(self.directory / state / name, content[:size])
+
+
+@pytest.mark.parametrize("version", ["0.3", "0.4"])
+def test_original_directory(directory: Path, clock: Time, version: str) -> None:
+    """A directory of the original opens with nothing lost: pending, scheduled, in progress."""
+    original = Original(directory, *(["scheduled"] if version == "0.4" else []), "node-1", "node-2")
+    later = "scheduled" if version == "0.4" else "pending"
+    original.put(later, NOW_US + 60_000_000, b"scheduled")
+    original.put("pending", NOW_US - 10, b"pending 1")
+    original.put("pending", NOW_US - 5, b"")
+    original.put("node-1", NOW_US - 30, b"in progress 1")
+    original.put("node-2", NOW_US - 20, b"in progress 2")
+    queue = FemtoQueue(directory, "node-1")
+    queue.push(b"ours")
+    assert drained(queue) == [b"in progress 1", b"in progress 2", b"pending 1", b"", b"ours"]
+    assert not (directory / "node-1").exists() and not (directory / "node-2").exists()
+    clock.advance(59)
+    assert queue.pop() is None
+    clock.advance(2)
+    assert drained(queue) == [b"scheduled"]
+
+
+@pytest.mark.parametrize("size", [0, 5, 23, 24, 30])
+@pytest.mark.parametrize("state", ["pending", "scheduled", "node-1"])
+def test_torn_original(directory: Path, clock: Time, state: str, size: int) -> None:
+    """A task of the original that does not match its digest goes to corrupt/, and the queue goes on."""
+    original = Original(directory, "scheduled", "node-1")
+    torn = original.put(state, NOW_US - 20, b"payload", size)
+    original.put("pending", NOW_US - 10, b"whole")
+    queue = FemtoQueue(directory, "a")
+    assert drained(queue) == [b"whole"]
+    assert list(queue.ids("corrupt")) == [torn.name]
+    assert not torn.exists()
+
+
+def test_large_original(directory: Path, clock: Time) -> None:
+    """A payload over 1 MiB that the original wrote is delivered without its header, too."""
+    payload = os.urandom(3 << 20)
+    Original(directory).put("pending", NOW_US - 10, payload)
+    assert drained(FemtoQueue(directory, "a")) == [payload]
+
+
+def test_original_directory_opened_by_several_at_once(directory: Path) -> None:
+    """Workers that open an original directory at the same time lose nothing, and none of them fails."""
+    original = Original(directory, "scheduled")
+    for number in range(600):
+        original.put(f"node-{number % 60}", 1_700_000_000_000_000 + number, b"%d" % number)
+    open_and_drain = """
+    print("ready", flush=True)
+    sys.stdin.readline()
+    queue = FemtoQueue(sys.argv[1], sys.argv[2])
+    print("open", flush=True)
+    sys.stdin.readline()
+    while task := queue.pop():
+        print(task.data.decode())
+        queue.done(task)
+    """
+    code = inspect.cleandoc(open_and_drain)
+    workers = [start(code, directory, f"w{number}") for number in range(4)]
+    for answer in ("ready\n", "open\n"):
+        for worker in workers:
+            assert worker.stdout and worker.stdout.readline() == answer
+        for worker in workers:
+            assert worker.stdin
+            worker.stdin.write("go\n")
+            worker.stdin.flush()
+    found = [number for worker in workers for number in worker.communicate(timeout=60)[0].split()]
+    assert sorted(map(int, found)) == list(range(600))
+
+
+# --- on disk ------------------------------------------------------------------------------------------
+
+ID = r"\d{16}_node-1_[0-9a-f]{18,}\.[0-9a-f]{8}"
+
+
+def where(directory: Path, state: str) -> str:
+    """The one file below `state`, relative to it."""
+    [name] = files(directory / state)
+    return name
+
+
+def test_files_and_names(directory: Path, clock: Time) -> None:
+    """A task is one file that holds exactly the payload; all else that is known of it is its path."""
+    queue = FemtoQueue(directory, "node-1")
+    id = queue.push(b'{"a": 1}')
+    assert re.fullmatch(ID, id)
+    assert id.startswith(f"{NOW_US:016d}_") or int(id[:16]) - NOW_US < 10
+    assert int(id[-8:], 16) == zlib.crc32(b'{"a": 1}')
+
+    def check(state: str, pattern: str) -> None:
+        name = where(directory, state)
+        assert re.fullmatch(pattern.replace("ID", re.escape(id)), name), name
+        assert (directory / state / name).read_bytes() == b'{"a": 1}'
+
+    check("pending", r"\d{16}/ID")
+    task = queue.pop()
+    assert task
+    pid = os.getpid()
+    check(
+        "in_progress",
+        rf"node-1~{pid}~\d+~[^/~]+~[^/~]+/ID~1~{NOW_US + 30_000_000:016d}"[:-4] + r"\d{4}",
+    )
+    assert task.path == str(directory / "in_progress" / where(directory, "in_progress"))
+    queue.retry(task)
+    check("pending", r"\d{16}/ID~1")
+    task = queue.pop()
+    assert task
+    queue.retry(task, delay_ms=5_000)
+    check("scheduled", rf"\d{{16}}/ID~2~{NOW_US + 5_000_000}")
+    clock.advance(6)
+    task = queue.pop()
+    assert task and (task.id, task.attempt) == (id, 3)
+    queue.done(task)
+    check("done", "ID")
+    assert len(files(directory)) == 2  # the clock is the other one
+
+
+def test_scheduled_names(directory: Path, clock: Time) -> None:
+    """A scheduled task's file is <id>~0~<due_us>; its id's time is the due time, or now if later."""
+    queue = FemtoQueue(directory, "node-1")
+    due_us = NOW_US + 3_600_000_000
+    id = queue.schedule(b"x", due_us)
+    assert re.fullmatch(rf"\d{{16}}/{re.escape(id)}~0~{due_us}", where(directory, "scheduled"))
+    assert int(id[:16]) == due_us
+    assert NOW_US <= int(queue.schedule(b"x", NOW_US - 3_600_000_000)[:16]) < NOW_US + 10
+
+
+@pytest.mark.parametrize("state", ["pending", "scheduled"])
+def test_buckets(directory: Path, clock: Time, state: str) -> None:
+    """All begin in the bucket of the period; after 1,000 tasks of its own a producer opens others."""
+    one, other = FemtoQueue(directory, "1"), FemtoQueue(directory, "2")
+
+    def add(queue: FemtoQueue) -> str:
+        clock.advance(0.0001)
+        return (
+            queue.push(b"")
+            if state == "pending"
+            else queue.schedule(b"", int(clock.wall * 1e6) + 10**7)
+        )
+
+    ids = [add(one), add(other)]
+    [shared] = os.listdir(directory / state)
+    assert int(shared) % 10_000_000 == 0
+    assert state == "scheduled" or shared == f"{NOW_US:016d}"
+    ids += [add(one) for _ in range(2_000)]
+    buckets = {path.name: os.listdir(path) for path in (directory / state).iterdir()}
+    assert [len(buckets[bucket]) for bucket in sorted(buckets)] == [1_001, 1_000, 1]
+    for bucket, names in buckets.items():
+        oldest = min(name[:16] if state == "pending" else name[-16:] for name in names)
+        assert oldest == bucket or (oldest > bucket == shared)
+    assert list(one.ids(state)) == ids
+    clock.advance(1_000)
+    add(other)
+    assert len(os.listdir(directory / state)) == 4, "a new period, a new bucket"
+
+
+def test_ids_are_never_older_than_their_bucket(directory: Path, clock: Time) -> None:
+    """A task that comes back goes to any bucket that is not younger than it."""
+    queue = FemtoQueue(directory, "a")
+    ids = [queue.push(b"old"), queue.push(b"old 2")]
+    claims = [queue.pop(), queue.pop()]
+    clock.advance(2_000)
+    ids.append(queue.push(b"new"))
+    for claim in reversed(claims):
+        assert claim
+        queue.retry(claim)
+    for name in files(directory / "pending"):
+        bucket, id = name.split("/")
+        assert id >= bucket
+    assert [task.id for task in iter(queue.pop, None)] == ids
+
+
+def test_empty_buckets_vanish(directory: Path, clock: Time) -> None:
+    """An empty bucket is removed, but none that is younger than 2 s; then a push makes another."""
+    queue = FemtoQueue(directory, "a")
+    buckets = (directory / "pending", directory / "scheduled")
+    queue.push(b"1")
+    queue.schedule(b"2", NOW_US + 1_500_000)
+    assert drained(queue) == [b"1"]
+    clock.advance(1.6)
+    assert drained(queue) == [b"2"]
+    assert all(map(os.listdir, buckets))
+    clock.advance(1_002)  # nobody uses the bucket of that period any more
+    assert queue.pop() is None
+    assert not any(map(os.listdir, buckets))
+    queue.push(b"3")
+    queue.schedule(b"4", NOW_US)
+    assert drained(queue) == [b"3", b"4"]
+
+
+@pytest.mark.parametrize("state", ["pending", "scheduled"])
+def test_push_into_a_vanished_bucket(directory: Path, clock: Time, state: str) -> None:
+    """A push into a bucket that was removed meanwhile makes one again."""
+    queue = FemtoQueue(directory, "a")
+
+    def add(data: bytes) -> None:
+        queue.push(data) if state == "pending" else queue.schedule(data, NOW_US + 1_000_000)
+
+    add(b"lost with it")
+    shutil.rmtree(*(directory / state).iterdir())
+    add(b"1")
+    clock.advance(2)
+    assert drained(queue) == [b"1"]
+
+
+def test_bucket_vanishes_during_a_push(
+    directory: Path, clock: Time, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A bucket that somebody removes between being made and being used does not stop the push."""
+    queue = FemtoQueue(directory, "a")
+    mkdir = os.mkdir
+    in_vain = []
+
+    def mkdir_in_vain(path: str, *mode: int) -> None:
+        mkdir(path, *mode)
+        if not in_vain:
+            in_vain.append(path)
+            os.rmdir(path)
+
+    monkeypatch.setattr(os, "mkdir", mkdir_in_vain)
+    queue.push(b"x")
+    assert "/pending/" in in_vain[0]
+    assert drained(queue) == [b"x"]
+
+
+def test_the_id_never_changes(directory: Path, clock: Time) -> None:
+    """The id that push returned is what pop hands out and status takes; it never changes."""
+    queue = FemtoQueue(directory, "a")
+    id = queue.push(b"x")
+    states = [queue.status(id)]
+
+    def pop() -> FemtoTask:
+        task = queue.pop()
+        assert task and task.id == id
+        states.append(queue.status(id))
+        return task
+
+    queue.retry(pop())
+    queue.retry(pop(), delay_ms=1_000)
+    states.append(queue.status(id))
+    clock.advance(1.1)
+    pop()
+    clock.advance(31)  # the lease runs out
+    queue.fail(pop())
+    states.append(queue.status(id))
+    assert queue.requeue(id)
+    queue.done(pop())
+    states.append(queue.status(id))
+    assert states == [
+        *("pending", "in_progress", "in_progress", "scheduled", "in_progress", "in_progress"),
+        *("failed", "in_progress", "done"),
+    ]
+    assert queue.status("0" * 16 + id[16:]) is None
+
+
+def test_many_tasks_for_one_microsecond(directory: Path, clock: Time) -> None:
+    """1,000 equal payloads scheduled for the same microsecond are 1,000 tasks."""
+    queue = FemtoQueue(directory, "a")
+    ids = [queue.schedule(b"same", NOW_US + 1_000_000) for _ in range(1_000)]
+    assert len(set(ids)) == 1_000
+    clock.advance(2)
+    assert drained(queue) == [b"same"] * 1_000
+    assert sorted(queue.ids("done")) == sorted(ids)
+
+
+def test_one_node_id_in_two_processes(directory: Path) -> None:
+    """Two processes with one node_id never make the same id, not even in the same microsecond."""
+    code = """
+time.time = lambda: 1_800_000_000.0
+time.monotonic = lambda: 5_000.0
+queue = FemtoQueue(sys.argv[1], "same")
+for _ in range(200):
+    print(queue.push(b"same"), queue.schedule(b"same", 1_800_000_001_000_000))
+"""
+    ids = [id for _ in range(2) for id in run(code, directory).split()]
+    queue = FemtoQueue(directory, "a")
+    assert len(set(ids)) == 800
+    assert sorted([*queue.ids("pending"), *queue.ids("scheduled")]) == sorted(ids)
+
+
+@pytest.mark.parametrize("size", [0, 1, 1 << 16, (1 << 20) + 1])
+def test_broken_payload(directory: Path, size: int, caplog: pytest.LogCaptureFixture) -> None:
+    """A payload that does not match its checksum goes to corrupt/ and the log; the queue goes on."""
+    queue = FemtoQueue(directory, "a")
+    id = queue.push(b"x" * size)
+    [name] = files(directory / "pending")
+    put(directory / "pending" / name, b"y" + b"x" * (size - 1))
+    queue.push(b"next")
+    with caplog.at_level(logging.WARNING, "femtoqueue"):
+        assert drained(queue) == [b"next"]
+    assert id in caplog.text
+    assert queue.status(id) == "corrupt" and (directory / "corrupt" / id).exists()
+
+
+@pytest.mark.parametrize("data", [b"", b"hello\n", b"\x01" + bytes(23) + b"not of the original"])
+def test_shell_push(directory: Path, data: bytes) -> None:
+    """A file renamed into pending/ as 16 digits, "_", anything is a task, taken as it is."""
+    queue = FemtoQueue(directory, "a")
+    put(directory / "draft", data)
+    name = "1700000000000000_from a shell.00000000"  # no checksum of ours: the token is not ours
+    subprocess.run(["mv", directory / "draft", directory / "pending" / name], check=True)
+    assert list(queue.ids("pending")) == [name] and queue.status(name) == "pending"
+    assert drained(queue) == [data]
+    assert (directory / "done" / name).read_bytes() == data
+
+
+STATE_DIRS = ("", "creating", "pending", "scheduled", "in_progress", "done", "failed", "corrupt")
+FOREIGN = (
+    *(b".DS_Store", b".nfs000000000001", b"1700000000000000", b"notes.txt", b"5_x", b"\xff\xfe"),
+    *(OLD_ID.encode() + b"~", b"." + OLD_ID.encode() + b".swp", OLD_ID.encode() + b"~1~"),
+    *(OLD_ID.encode() + b"\xff", b"1700000000000000_\n", b"170000000000000a_x", b"1700000000000000-x"),
+    *(
+        "１７００００００００００００００_x".encode(),
+        OLD_ID.encode() + b"~x",
+        OLD_ID.encode() + b"~1~99",
+    ),
+)
+
+
+def snapshot(directory: Path) -> dict[bytes, tuple[int, int]]:
+    """Kind and inode of all that is below `directory`, links not followed."""
+    found = {}
+    for top, directories, names in os.walk(os.fsencode(directory)):
+        for name in directories + names:
+            info = os.lstat(os.path.join(top, name))
+            found[os.path.join(top, name)] = (info.st_mode, info.st_ino)
+    return found
+
+
+def try_everything(queue: FemtoQueue, *ids: str) -> None:
+    """Call all that could deliver, move or delete something, and see that nothing happens."""
+    assert queue.pop() is None
+    assert not any(queue.counts().values())
+    assert [id for state in femtoqueue.STATES for id in queue.ids(state)] == []
+    assert [queue.status(id) for id in ids] == [None] * len(ids)
+    assert not any([call(id) for id in ids for call in (queue.cancel, queue.requeue)])
+    assert sum(queue.purge(state, 0) for state in ("done", "failed", "corrupt")) == 0
+    assert queue.join(0)
+
+
+def test_foreign_entries(directory: Path) -> None:
+    """What is not named like a task is left alone and never delivered, wherever it lies."""
+    FemtoQueue(directory, "a")
+    for state in STATE_DIRS:
+        for name in FOREIGN:
+            with open(os.path.join(os.fsencode(directory / state), name), "wb") as file:
+                file.write(b"foreign")
+        (directory / state / "some directory").mkdir()
+        put(directory / state / "other directory" / OLD_ID)
+    before = snapshot(directory)
+    queue = FemtoQueue(directory, "a")
+    try_everything(queue, OLD_ID, OLD_ID + "~1~", "../notes.txt", "notes.txt", "")
+    assert snapshot(directory) == before
+    queue.push(b"ours")
+    assert drained(queue) == [b"ours"]
+
+
+HOSTILE: dict[str, Callable[[Path], None]] = {
+    "link": lambda path: path.symlink_to("/etc/hostname"),
+    "dangling link": lambda path: path.symlink_to("nowhere"),
+    "link to a directory": lambda path: path.symlink_to(put(path.parent / "aside" / OLD_ID).parent),
+    "FIFO": os.mkfifo,
+    "directory": lambda path: put(path / "inside") and None,
+    "socket": lambda path: os.mknod(path, stat.S_IFSOCK | 0o600),
+    "device": lambda path: os.mknod(path, stat.S_IFCHR | 0o600, os.makedev(1, 5)),  # /dev/zero
+}
+
+
+@pytest.mark.parametrize(
+    "kind", [pytest.param(kind, marks=needs_root if kind == "device" else ()) for kind in HOSTILE]
+)
+def test_hostile_entries(directory: Path, kind: str, no_hang: None) -> None:
+    """Links, FIFOs, directories, devices with a task's name: never delivered, blocking, or touched."""
+    places = [
+        f"creating/{DEAD_OWNER}~{OLD_ID}",
+        f"pending/{OLD_ID}",
+        f"pending/1700000000000000/{OLD_ID}~1",
+        f"scheduled/{OLD_ID}~0~1700000000000000",
+        f"scheduled/1700000000000000/{OLD_ID}~0~1700000000000000",
+        f"in_progress/{OLD_ID}~1~1700000000000000",
+        f"in_progress/{DEAD_OWNER}/{OLD_ID}~1~1700000000000000",
+        *(f"{state}/{OLD_ID}" for state in ("done", "failed", "corrupt")),
+    ]
+    if kind != "directory":  # that would be a bucket, and an owner
+        places += ["pending/1700000000000001", "scheduled/1700000000000001"]
+        places += [f"in_progress/{DEAD_OWNER}2"]
+    queue = FemtoQueue(directory, "host")
+    for place in places:
+        (directory / place).parent.mkdir(exist_ok=True)
+        HOSTILE[kind](directory / place)
+    before = snapshot(directory)
+    try_everything(queue, OLD_ID)
+    try_everything(FemtoQueue(directory, "other"), OLD_ID)
+    assert snapshot(directory) == before
+    queue.push(b"ours")
+    assert drained(queue) == [b"ours"]
+
+
+@pytest.mark.parametrize("kind", ["link", "FIFO", "socket", "directory"])
+def test_replaced_after_the_listing(directory: Path, kind: str, no_hang: None) -> None:
+    """What becomes a link, a FIFO or a directory after it was listed is not delivered either."""
+    queue = FemtoQueue(directory, "a")
+    queue.push(b"1")
+    queue.push(b"2")
+    assert drained_one(queue) == b"1"  # the other one has been listed
+    [path] = [directory / "pending" / name for name in files(directory / "pending")]
+    path.rename(directory / "aside")
+    if kind == "link":
+        path.symlink_to(directory / "aside")
+    else:
+        HOSTILE[kind](path)
+    try:
+        assert queue.pop() is None
+    except OSError as error:
+        assert error.filename
+    queue.push(b"3")
+    assert drained(queue) == [b"3"]
+
+
+def test_long_names(directory: Path, clock: Time) -> None:
+    """The longest node_id has room in every state's names; a name that has not is left alone."""
+    queue = FemtoQueue(directory, "é" * 32)
+    id = queue.push(b"x")
+    task = queue.pop()
+    assert task
+    queue.touch(task)
+    queue.retry(task, delay_ms=1)
+    clock.advance(1)
+    task = queue.pop()
+    assert task and task.id == id
+    queue.retry(task)
+    assert drained(queue) == [b"x"]
+    for length in (221, 240, 255):
+        put(directory / "pending" / f"1700000000000000_{'x' * (length - 17)}")
+    before = snapshot(directory)
+    assert queue.pop() is None
+    assert snapshot(directory) == before
+    put(directory / "pending" / f"1700000000000000_{'x' * 183}", b"200 bytes")
+    assert drained(queue) == [b"200 bytes"]
+
+
+# --- the queue clock ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("step_s", [-86_400, -0.01, 86_400])
+def test_wall_clock_steps_reorder_nothing(directory: Path, clock: Time, step_s: float) -> None:
+    """Stepping the wall clock reorders nothing, in whichever object or process."""
+    queue = FemtoQueue(directory, "a")
+    queue.push(b"1")
+    clock.step_wall(step_s)
+    queue.push(b"2")
+    FemtoQueue(directory, "b").push(b"3")
+    clock.step_wall(step_s)
+    queue.push(b"4")
+    assert drained(queue) == [b"1", b"2", b"3", b"4"]
+
+
+def test_wall_clock_steps_expire_nothing(directory: Path, clock: Time) -> None:
+    """Stepping the wall clock expires no lease."""
+    queue, other = FemtoQueue(directory, "a"), FemtoQueue(directory, "b")
+    queue.push(b"1")
+    task = queue.pop()
+    assert task
+    clock.step_wall(86_400)
+    assert other.pop() is None
+    clock.step_wall(-2 * 86_400)
+    assert other.pop() is None
+    queue.done(task)
+
+
+PUSH = "FemtoQueue(sys.argv[1], 'node-1').push(sys.argv[2].encode())"
+
+
+def test_the_clock_is_shared(directory: Path) -> None:
+    """Processes of one boot push in one order, however wrong one's wall clock is."""
+    queue = FemtoQueue(directory, "a")
+    wrong = "time.time = lambda: 978_307_200.0\n"
+    for number in range(0, 6, 2):
+        queue.push(b"%d" % number)
+        run(wrong + PUSH, directory, number + 1)
+    assert drained(queue) == [b"0", b"1", b"2", b"3", b"4", b"5"]
+
+
+@needs_faketime
+def test_the_clock_is_shared_under_faketime(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process whose wall clock is in 2001 pushes behind what is pending, and is not due too soon."""
+    monkeypatch.setenv("FAKETIME_DONT_FAKE_MONOTONIC", "1")
+    monkeypatch.setenv("DONT_FAKE_MONOTONIC", "1")
+    queue = FemtoQueue(directory, "a")
+    queue.push(b"1")
+    run_under(["faketime", "2001-01-01"], "assert time.time() < 1e9\n" + PUSH, directory, 2)
+    queue.push(b"3")
+    assert drained(queue) == [b"1", b"2", b"3"]
+
+
+def test_the_clock_is_chosen_once(directory: Path) -> None:
+    """Processes that open a new directory at the same time agree on one clock."""
+    code = """
+print("ready", flush=True)
+sys.stdin.readline()
+print(FemtoQueue(sys.argv[1], "a")._clock.offset_us)
+"""
+    processes = [start(code, directory) for _ in range(6)]
+    for process in processes:
+        assert process.stdout and process.stdout.readline()
+    offsets = {process.communicate("go\n", timeout=60)[0] for process in processes}
+    assert len(offsets) == 1 and len(list(directory.glob("clock-*"))) == 1
+
+
+@needs_mounts
+@pytest.mark.parametrize("newest", ["pending", "in_progress"])
+def test_order_survives_a_reboot(directory: Path, tmp_path: Path, newest: str) -> None:
+    """After a reboot order continues, though the wall clock restarts in the past."""
+    queue = FemtoQueue(directory, "node-1")
+    queue.push(b"1")
+    if newest == "in_progress":
+        assert run(CLAIM, directory, "node-1")
+    run_under(rebooted(tmp_path), IN_2001 + PUSH, directory, 2)
+    again = rebooted(tmp_path)
+    run_under(again, IN_2001 + PUSH, directory, 3)
+    code = 'queue = FemtoQueue(sys.argv[1], "node-1")\nwhile t := queue.pop(): print(t.data.decode())'
+    assert run_under(again, IN_2001 + code, directory).split() == ["1", "2", "3"]
+
+
+@needs_time_namespace
+def test_time_namespaces(directory: Path) -> None:
+    """A process in a time namespace, where the monotonic clock is another, pushes in order."""
+    queue = FemtoQueue(directory, "a")
+    queue.push(b"1")
+    far = f"assert time.monotonic() > {time.monotonic() + 50_000}\n"
+    run_under(NEW_TIME, far + PUSH, directory, 2)
+    queue.push(b"3")
+    assert drained(queue) == [b"1", b"2", b"3"]
+
+
+def break_clock(directory: Path, text: bytes | None) -> None:
+    """Overwrite the clock's file, or put a FIFO in its place."""
+    [path] = directory.glob("clock-*")
+    path.unlink()
+    if text is None:
+        os.mkfifo(path)
+    else:
+        path.write_bytes(text)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        b"",
+        b"\n",
+        b"17999",
+        b"-\n",
+        b"x\n",
+        b"\xff\n",
+        b"9" * 16 + b"\n",
+        b"-" + b"9" * 16 + b"\n",
+        None,
+    ],
+)
+def test_broken_clock_file(directory: Path, clock: Time, text: bytes | None, no_hang: None) -> None:
+    """An empty, half-written or replaced clock file is made anew, above all that is in the queue."""
+    FemtoQueue(directory, "a").push(b"1")
+    break_clock(directory, text)
+    clock.step_wall(-86_400)
+    queue = FemtoQueue(directory, "b")
+    queue.push(b"2")
+    FemtoQueue(directory, "c").push(b"3")
+    assert drained(queue) == [b"1", b"2", b"3"]
+
+
+@pytest.mark.parametrize("kind", ["link", "dangling link", "socket"])
+def test_hostile_clock_file(directory: Path, clock: Time, kind: str) -> None:
+    """A link or a socket in place of the clock file is not followed, and makes nobody fail."""
+    FemtoQueue(directory, "a").push(b"1")
+    [path] = directory.glob("clock-*")
+    path.unlink()
+    HOSTILE[kind](path)
+    queue = FemtoQueue(directory, "b")
+    queue.push(b"2")
+    assert drained(queue) == [b"1", b"2"]
+
+
+def test_stray_names_do_not_drag_the_clock(directory: Path, clock: Time) -> None:
+    """A stray name in the far future does not become the time of all that follows."""
+    FemtoQueue(directory, "a")
+    put(directory / "pending" / "9999999999999999_x", b"stray")
+    (directory / "pending" / "9999999999999998").mkdir()
+    break_clock(directory, b"")
+    queue = FemtoQueue(directory, "a")
+    assert int(queue.push(b"1")[:16]) < NOW_US + 10
+    assert drained(queue) == [b"1", b"stray"]
+
+
+@pytest.mark.parametrize("step_s", [0, 3_600, -3_600, 0.004, -0.004])
+def test_scheduled_tasks_come_after_what_was_pending(
+    directory: Path, clock: Time, step_s: float
+) -> None:
+    """A scheduled task comes after all that was pending when it fell due, wall clock set or not."""
+    queue = FemtoQueue(directory, "a")
+    queue.push(b"1")
+    clock.step_wall(step_s)
+    queue.schedule(b"scheduled", int(clock.wall * 1e6) + 10_000_000)
+    clock.advance(9.999)
+    queue.push(b"2")
+    clock.advance(0.1)
+    queue.push(b"after it")
+    found = drained(queue)
+    assert found.index(b"scheduled") == 2, found
+
+
+def test_the_earliest_due_comes_first(directory: Path, clock: Time) -> None:
+    """Scheduled tasks come in the order of their due times."""
+    queue = FemtoQueue(directory, "a")
+    for second in (5, 3, 40_000, 4, 400):
+        queue.schedule(b"%d" % second, NOW_US + second * 1_000_000)
+    clock.advance(50_000)
+    assert drained(queue) == [b"3", b"4", b"5", b"400", b"40000"]
+
+
+def test_frozen_time(directory: Path, clock: Time) -> None:
+    """With time frozen, as testing tools do, order is kept all the same, among objects too."""
+    queues = [FemtoQueue(directory, "a"), FemtoQueue(directory, "b")]
+    payloads = [b"%d" % number for number in range(500)]
+    for number, payload in enumerate(payloads):
+        queues[number % 2].push(payload)
+    assert drained(queues[0]) == payloads
+
+
+# --- who is alive -------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def queue(directory: Path) -> FemtoQueue:
+    """A queue of node-1 that holds "a" and "b"."""
+    queue = FemtoQueue(directory, "node-1")
+    queue.push(b"a")
+    queue.push(b"b")
+    return queue
+
+
+@pytest.mark.parametrize("node_id", ["node-1", "node-2"])
+def test_killed(directory: Path, queue: FemtoQueue, node_id: str) -> None:
+    """A killed worker's task is there at the first pop of a new object, at its old place."""
+    with claimed_by(directory, node_id) as worker:
+        assert drained(FemtoQueue(directory, "node-3")) == [b"b"]
+        queue.push(b"c")
+        killed(worker)
+        again = FemtoQueue(directory, "node-3")
+        task = again.pop()
+        assert task and (task.data, task.attempt) == (b"a", 2)
+        assert drained(again) == [b"c"]
+        assert len(os.listdir(directory / "in_progress")) == 1, "nothing is left of the dead"
+
+
+def test_killed_while_others_work(now: Time, directory: Path, queue: FemtoQueue) -> None:
+    """A killed worker's task comes back within 1 s, to a worker that never found the queue empty."""
+    with claimed_by(directory, "node-2") as worker:
+        set_to_real_time(now)
+        assert drained_one(queue) == b"b"
+        killed(worker)
+        found = []
+        while b"a" not in found and len(found) < 11:
+            queue.push(b"more")
+            found.append(drained_one(queue))
+            now.advance(0.1)
+        assert found[-1] == b"a"
+
+
+def test_killed_while_others_wait(now: Time, directory: Path, queue: FemtoQueue) -> None:
+    """A killed worker's task comes back within 1 s, to a worker that waits in pop."""
+    with claimed_by(directory, "node-2") as worker:
+        set_to_real_time(now)
+        assert drained(queue) == [b"b"]
+        killed(worker)
+        assert drained_one(queue, 1.01) == b"a"
+
+
+def test_zombie(directory: Path, queue: FemtoQueue) -> None:
+    """A worker that was killed and not yet waited for is dead."""
+    with claimed_by(directory, "node-2") as worker:
+        worker.kill()
+        os.waitid(os.P_PID, worker.pid, os.WEXITED | os.WNOWAIT)  # it is a zombie, and stays one
+        os.kill(worker.pid, 0)
+        assert drained(FemtoQueue(directory, "node-3")) == [b"a", b"b"]
+
+
+SYS_EXIT = {"x86_64": 60, "aarch64": 93}.get(platform.machine())
+
+
+@pytest.mark.skipif(SYS_EXIT is None, reason="the number of the exit system call is not known here")
+def test_zombie_leader(directory: Path, queue: FemtoQueue) -> None:
+    """A worker whose main thread has ended is alive while another thread of it works."""
+    code = f"""
+import ctypes, threading
+queue = FemtoQueue(sys.argv[1], "node-2")
+task = queue.pop()
+def work():
+    print(task.id, flush=True)
+    sys.stdin.readline()
+    queue.done(task)
+    os._exit(0)
+threading.Thread(target=work).start()
+ctypes.CDLL(None).syscall({SYS_EXIT}, 0)
+"""
+    worker = start(code, directory)
+    assert worker.stdout
+    id = worker.stdout.readline().strip()
+    end_s = time.monotonic() + 10
+    while Path(f"/proc/{worker.pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z":
+        assert time.monotonic() < end_s
+    assert drained(FemtoQueue(directory, "node-3")) == [b"b"]
+    worker.communicate("go\n", timeout=20)
+    assert queue.status(id) == "done"
+
+
+@needs_pid_namespace
+def test_pid_reused(directory: Path, queue: FemtoQueue) -> None:
+    """A PID that was given to another process does not keep the dead one's tasks."""
+    code = """
+import signal
+def fork(work):
+    pid = os.fork()
+    if pid == 0:
+        work()
+    return pid
+def claim():
+    FemtoQueue(sys.argv[1], "node-2").pop()
+    os.write(pipe[1], b"claimed")
+    signal.pause()
+pipe = os.pipe()
+dead = fork(claim)
+assert os.read(pipe[0], 7) == b"claimed"
+os.kill(dead, signal.SIGKILL)
+os.waitpid(dead, 0)
+time.sleep(0.03)  # start times are in hundredths of a second
+with open("/proc/sys/kernel/ns_last_pid", "w") as file:
+    file.write(str(dead - 1))
+assert fork(signal.pause) == dead
+print(FemtoQueue(sys.argv[1], "node-3").pop().data.decode())
+"""
+    assert run_under(NEW_PIDS, code, directory) == "a\n"
+
+
+@needs_pid_namespace
+@pytest.mark.parametrize("prefix", [NEW_PIDS, NEW_PIDS_OLD_PROC])
+def test_another_pid_namespace(
+    directory: Path, queue: FemtoQueue, prefix: list[str], now: Time
+) -> None:
+    """Of another container's worker of another node_id nothing is known; its lease decides."""
+    with claimed_by(directory, "node-2", prefix) as worker:
+        assert drained(queue) == [b"b"]
+        set_to_real_time(now)
+        now.advance(20)
+        assert FemtoQueue(directory, "node-3").pop() is None
+        killed(worker)
+        assert FemtoQueue(directory, "node-3").pop() is None
+        now.advance(11)
+        assert drained(queue) == [b"a"]
+
+
+@needs_pid_namespace
+def test_my_node_id_in_another_pid_namespace(directory: Path, queue: FemtoQueue) -> None:
+    """My own node_id in another container is dead: its tasks come back at the first pop."""
+    with claimed_by(directory, "node-1", NEW_PIDS):
+        assert drained(FemtoQueue(directory, "node-1")) == [b"a", b"b"]
+
+
+@needs_pid_namespace
+def test_foreign_proc(directory: Path, queue: FemtoQueue) -> None:
+    """Where /proc shows another PID namespace, a live worker is not robbed, and a dead one is seen."""
+    code = """
+import signal
+pipe = os.pipe()
+worker = os.fork()
+if worker == 0:
+    FemtoQueue(sys.argv[1], "node-2").pop()
+    os.write(pipe[1], b"claimed")
+    signal.pause()
+assert os.read(pipe[0], 7) == b"claimed"
+assert os.readlink("/proc/self") != str(os.getpid())
+queue = FemtoQueue(sys.argv[1], "node-3")
+print(queue.pop().data, queue.pop())
+os.kill(worker, signal.SIGKILL)
+os.waitpid(worker, 0)
+print(queue.pop().data)
+"""
+    assert run_under(NEW_PIDS_OLD_PROC, code, directory) == "b'b' None\nb'a'\n"
+
+
+@needs_mounts
+def test_earlier_boot(directory: Path, queue: FemtoQueue, tmp_path: Path, now: Time) -> None:
+    """From an earlier boot, my node_id's tasks come back at the first pop, others' after the lease."""
+    before = rebooted(tmp_path)
+    with claimed_by(directory, "node-1", before), claimed_by(directory, "node-2", before):
+        set_to_real_time(now)
+        assert drained(FemtoQueue(directory, "node-1")) == [b"a"]
+        now.advance(20)
+        assert queue.pop() is None
+        now.advance(11)
+        assert drained(queue) == [b"b"]
+
+
+def test_unreadable_proc(directory: Path, queue: FemtoQueue, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A /proc that cannot be read proves nothing: unknown is alive, only ESRCH is dead."""
+    with claimed_by(directory, "node-2") as worker:
+        monkeypatch.setattr(femtoqueue, "_process", lambda pid: None)
+        assert drained(FemtoQueue(directory, "node-3")) == [b"b"]
+        killed(worker)
+        assert drained(FemtoQueue(directory, "node-3")) == [b"a"]
+
+
+HIDEPID = ["unshare", "-m", "sh", "-c", 'mount -t proc -o hidepid=2 proc /proc && exec "$0" "$@"']
+AS_NOBODY = """
+os.setgroups([])
+os.setgid(65534)
+os.setuid(65534)
+"""
+
+
+@needs(*HIDEPID, "true")
+def test_hidepid() -> None:
+    """Another user's worker, hidden by hidepid, is not robbed while it lives."""
+    with tempfile.TemporaryDirectory() as top:
+        directory = Path(top, "queue")
+        queue = FemtoQueue(directory, "node-1")
+        queue.push(b"a")
+        queue.push(b"b")
+        judge = """
+assert not os.path.exists("/proc/" + sys.argv[2])
+queue = FemtoQueue(sys.argv[1], "node-3")
+print(*[task.data for task in iter(queue.pop, None)])
+"""
+        with claimed_by(directory, "node-2") as worker:
+            for path in [Path(top), directory, *directory.rglob("*")]:
+                path.chmod(0o777)
+            assert run_under(HIDEPID, AS_NOBODY + judge, directory, worker.pid) == "b'b'\n"
+            killed(worker)
+            assert run_under(HIDEPID, AS_NOBODY + judge, directory, worker.pid) == "b'a' b'b'\n"
+
+
+def test_another_threads_object(directory: Path, queue: FemtoQueue) -> None:
+    """An object in this process is alive while it exists, also when its thread has ended."""
+    other = FemtoQueue(directory, "node-1")
+    claims: list[FemtoTask | None] = []
+    thread = threading.Thread(target=lambda: claims.append(other.pop()))
+    thread.start()
+    thread.join()
+    assert drained(queue) == [b"b"]
+    assert drained(FemtoQueue(directory, "node-1")) == []
+    [claim] = claims
+    assert claim and claim.data == b"a"
+    other.done(claim)
+
+
+def test_dropped_object(directory: Path, queue: FemtoQueue) -> None:
+    """Dropping the last reference is enough: the tasks come back at the next pop."""
+    gc.disable()
+    try:
+        other = FemtoQueue(directory, "node-1")
+        assert other.pop(0.001)
+        assert drained(queue) == [b"b"]
+        del other
+        assert drained(queue) == [b"a"]
+    finally:
+        gc.enable()
+
+
+@pytest.mark.parametrize("end", ["close", "drop"])
+def test_gone_while_others_have_work(directory: Path, queue: FemtoQueue, end: str) -> None:
+    """The tasks of an object that is gone come back at the next pop, before what is younger."""
+    other = FemtoQueue(directory, "node-2")
+    assert other.pop()
+    queue.push(b"c")
+    assert drained_one(queue) == b"b"
+    if end == "close":
+        other.close()
+    del other
+    assert drained(queue) == [b"a", b"c"]
+
+
+def test_closed_object(directory: Path, queue: FemtoQueue) -> None:
+    """close gives back what was popped and not finished; every later call raises."""
+    with FemtoQueue(directory, "node-2") as other:
+        claim = other.pop()
+    assert claim and drained(queue) == [b"a", b"b"]
+    calls = [other.pop, other.counts, lambda: other.push(b""), lambda: other.schedule(b"", NOW_US)]
+    calls += [
+        lambda call=call: call(claim) for call in (other.done, other.fail, other.touch, other.retry)
+    ]
+    for call in calls:
+        with pytest.raises(FemtoQueueError, match="closed"):
+            call()
+    other.close()
+
+
+@pytest.mark.parametrize("keep", [True, False])
+@pytest.mark.parametrize("call", ["done", "fail", "retry", "touch"])
+@pytest.mark.parametrize("end", ["close", "drop"])
+def test_claims_of_an_object_that_is_gone(directory: Path, end: str, call: str, keep: bool) -> None:
+    """Whoever finishes a claim that was given back gets NotInProgress, and the task is not lost."""
+    queue = FemtoQueue(directory, "node-1", keep_done=keep, keep_failed=keep)
+    id = queue.push(b"a")
+    other = FemtoQueue(directory, "node-2")
+    claim = other.pop()
+    assert claim
+    if end == "close":
+        other.close()
+    del other
+    again = queue.pop()
+    assert again and again.id == id
+    with pytest.raises(NotInProgress):
+        getattr(queue, call)(claim)
+    assert queue.status(id) == "in_progress"
+    queue.retry(again)
+    with pytest.raises(NotInProgress):
+        getattr(queue, call)(claim)
+    assert drained(queue) == [b"a"]
+
+
+def test_live_owner_past_its_lease(directory: Path, queue: FemtoQueue, now: Time) -> None:
+    """A live owner whose lease ran out is hung: its task comes back, and it is told NotInProgress."""
+    with claimed_by(directory, "node-2") as worker:
+        assert drained(queue) == [b"b"]
+        set_to_real_time(now)
+        now.advance(20)
+        assert queue.pop() is None
+        now.advance(11)
+        task = queue.pop()
+        assert task and (task.data, task.attempt) == (b"a", 2)
+        for call in ("done(task)", "fail(task)", "touch(task)", "retry(task)", "retry(task, 5)"):
+            assert tell(worker, f"queue.{call}") == "NotInProgress"
+        assert queue.status(task.id) == "in_progress"
+        queue.done(task)
+
+
+def test_live_owner_within_its_lease(directory: Path, clock: Time) -> None:
+    """A task is never taken from a live owner within its lease, however long ago it was pushed."""
+    queue, other = FemtoQueue(directory, "a"), FemtoQueue(directory, "b")
+    queue.push(b"old")
+    clock.advance(86_400)
+    assert queue.pop()
+    for _ in range(29):
+        assert other.pop() is None
+        clock.advance(1)
+    clock.advance(1.001)
+    assert drained(other) == [b"old"]
+
+
+def test_the_deadline_is_set_by_who_claims(directory: Path, clock: Time) -> None:
+    """The deadline is set by who claims, not by who looks."""
+    patient, hasty = FemtoQueue(directory, "a", 60_000), FemtoQueue(directory, "b", 1_000)
+    patient.push(b"x")
+    assert patient.pop()
+    clock.advance(59)
+    assert hasty.pop() is None
+    clock.advance(1.001)
+    assert hasty.pop()
+    assert patient.pop() is None
+    clock.advance(1.001)
+    assert drained(patient) == [b"x"]
+
+
+def test_expired_while_others_have_work(directory: Path, clock: Time) -> None:
+    """A task whose lease ran out comes back within 1 s, also where there is other work."""
+    queue, other = FemtoQueue(directory, "a", 10_000), FemtoQueue(directory, "b")
+    for number in range(100):
+        queue.push(b"%d" % number)
+    assert queue.pop()
+    clock.advance(9.5)
+    found = []
+    while b"0" not in found:
+        found.append(drained_one(other))
+        clock.advance(0.1)
+    assert len(found) <= 16
+
+
+def test_touch(directory: Path, clock: Time) -> None:
+    """touch begins a new full lease."""
+    queue, other = FemtoQueue(directory, "a"), FemtoQueue(directory, "b")
+    id = queue.push(b"x")
+    task = queue.pop()
+    assert task
+    for _ in range(5):
+        clock.advance(29)
+        queue.touch(task)
+        assert other.pop() is None
+    assert Path(task.path).read_bytes() == task.data == b"x"
+    clock.advance(29.9)
+    assert other.pop() is None
+    clock.advance(0.2)
+    assert other.pop()
+    with pytest.raises(NotInProgress, match=re.escape(id)):
+        queue.touch(task)
+
+
+def test_finished_once(directory: Path, clock: Time) -> None:
+    """Whoever finishes a task twice, or after its lease was lost, gets NotInProgress."""
+    queue = FemtoQueue(directory, "a")
+    queue.push(b"x")
+    first = queue.pop()
+    clock.advance(31)
+    second = queue.pop()
+    assert first and second and (first.attempt, second.attempt) == (1, 2)
+    calls = (queue.done, queue.fail, queue.touch, queue.retry)
+    for call in calls:  # not even through the very object that has it again
+        with pytest.raises(NotInProgress, match=re.escape(first.id)):
+            call(first)
+    queue.done(second)
+    for call in calls:
+        with pytest.raises(NotInProgress):
+            call(second)
+    assert queue.counts() == {**dict.fromkeys(femtoqueue.STATES, 0), "done": 1}
+
+
+def test_hostile_owners(directory: Path, clock: Time) -> None:
+    """Directories that are named almost like an owner, or like one with strange numbers, do no harm."""
+    queue = FemtoQueue(directory, "a")
+    own = queue._owner.split("~")
+    for pid in ("0", "1", str(os.getppid()), "9" * 30):
+        put(directory / "in_progress" / "~".join(["a", pid, "1", own[3], "x"]) / "not a task")
+    for name in ("a", "a~1~2~3", "a~x~1~p~t", "a~~1~p~t", "a~1~1~p~t~", "~1~1~p~t"):
+        put(directory / "in_progress" / name / f"{OLD_ID}~1~1700000000000000")
+    before = snapshot(directory)
+    assert queue.pop() is None
+    assert queue.counts()["in_progress"] == 0
+    assert snapshot(directory) == before
+
+
+# --- waiting ------------------------------------------------------------------------------------------
+
+
+def test_timeout_is_never_early(directory: Path) -> None:
+    """pop(timeout) never returns early."""
+    queue = FemtoQueue(directory, "a")
+    for timeout_s in (0, 0.001, 0.1):
+        begun_s = time.monotonic()
+        assert queue.pop(timeout_s) is None
+        assert time.monotonic() - begun_s >= timeout_s
+
+
+def test_timeout_to_the_point(directory: Path, clock: Time) -> None:
+    """pop(timeout) ends when the time is over, not a poll later, and sleeps meanwhile."""
+    queue = FemtoQueue(directory, "a")
+    sleeps = []
+    time.sleep = lambda seconds: (sleeps.append(seconds), clock.advance(seconds))  # type: ignore
+    begun_s = clock.boot
+    assert queue.pop(timeout=5.0001) is None
+    assert 0 <= clock.boot - begun_s - 5.0001 < 1e-6
+    assert 10 < len(sleeps) < 1_500
+    assert queue.pop() is None and queue.pop(0.0) is None
+    assert clock.boot - begun_s < 5.001, "without a timeout nobody sleeps"
+
+
+def test_wakes_on_a_push(directory: Path) -> None:
+    """A worker that waits gets a task at once, without being told."""
+    code = """
+queue = FemtoQueue(sys.argv[1], "worker")
+for timeout in (60, None):
+    print("ready", flush=True)
+    task = queue.pop(timeout)
+    print(task.data.decode(), time.monotonic(), flush=True)
+    queue.done(task)
+"""
+    queue = FemtoQueue(directory, "a")
+    worker = start(code, directory)
+    assert worker.stdout
+    for payload in (b"1", b"2"):
+        assert worker.stdout.readline() == "ready\n"
+        time.sleep(0.05)  # it may be waiting by now, or not: both must work
+        pushed_s = time.monotonic()
+        queue.push(payload)
+        found, at_s = worker.stdout.readline().split()
+        assert found.encode() == payload
+        assert float(at_s) - pushed_s < 2
+    assert worker.communicate(timeout=20)[0] == "" and worker.returncode == 0
+
+
+def test_waiting_burns_no_core(directory: Path) -> None:
+    """A worker that waits hardly uses the processor."""
+    code = """
+import resource
+queue = FemtoQueue(sys.argv[1], "worker")
+queue.pop()
+def used_s():
+    usage = resource.getrusage(resource.RUSAGE_SELF)
+    return usage.ru_utime + usage.ru_stime
+before_s = used_s()
+queue.pop(timeout=1)
+print(used_s() - before_s)
+"""
+    assert float(run(code, directory)) < 0.1
+
+
+def test_due_while_waiting(directory: Path, clock: Time) -> None:
+    """pop(timeout) returns a scheduled task when it falls due, not before."""
+    queue = FemtoQueue(directory, "a")
+    queue.schedule(b"x", NOW_US + 3_000_000)
+    assert queue.pop(2.9) is None
+    task = queue.pop(timeout=60)
+    assert task and task.data == b"x"
+    assert 1_800_000_003 <= clock.wall < 1_800_000_003.02
+
+
+@pytest.mark.parametrize("work_s", [0, 0.5, 1.5, 3, 10, 29])
+def test_slow_worker(directory: Path, clock: Time, work_s: float) -> None:
+    """pop never returns None while a task is pending, however long the work between two pops takes."""
+    queue = FemtoQueue(directory, "a")
+    for number in range(20):
+        queue.push(b"%d" % number)
+    for number in range(20):
+        task = queue.pop()
+        assert task and task.data == b"%d" % number
+        clock.advance(work_s)
+        queue.done(task)
+        clock.advance(work_s)
+    assert queue.pop() is None
+
+
+def test_own_directory_removed(directory: Path, queue: FemtoQueue) -> None:
+    """pop never returns None while a task is pending, though the owner's directory was removed."""
+    assert drained_one(queue) == b"a"
+    shutil.rmtree(directory / "in_progress" / queue._owner)
+    assert drained(queue) == [b"b"]
+
+
+def test_never_none_while_due(directory: Path, clock: Time) -> None:
+    """pop never returns None while a task is due or abandoned, however recently it looked."""
+    queue = FemtoQueue(directory, "a")
+    queue.schedule(b"due", NOW_US + 500_000)
+    queue.push(b"leased")
+    other = FemtoQueue(directory, "b", 300)
+    assert other.pop()
+    assert queue.pop() is None
+    clock.advance(0.31)
+    assert drained(queue) == [b"leased"]
+    assert queue.pop() is None
+    clock.advance(0.2)
+    assert drained(queue) == [b"due"]
+
+
+def test_a_clock_that_is_ahead(directory: Path, clock: Time) -> None:
+    """pop never returns None while a task is pending, though its stamp is in the future."""
+    queue = FemtoQueue(directory, "a")
+    put(directory / "pending" / f"{NOW_US + 3_600_000_000}_ahead", b"ahead")
+    queue.push(b"1")
+    assert drained(queue) == [b"1", b"ahead"]
+
+
+def test_never_none_while_others_skip(
+    directory: Path, queue: FemtoQueue, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """pop never returns None for what another thread of the object skipped after a lost race."""
+    rival = FemtoQueue(directory, "node-2")
+    loser = threading.Thread(target=lambda: drained(queue))
+    skipped, over = threading.Event(), threading.Event()
+    next_name, rename = femtoqueue._Listing.next, os.rename
+    lost: list[FemtoTask | None] = []
+
+    def next_in_turn(listing: object) -> tuple[str, str] | None:
+        if not loser.ident:  # our listing has begun: the other thread shares it from here on
+            loser.start()
+            assert skipped.wait(10)
+        elif lost and not skipped.is_set():
+            skipped.set()
+            assert over.wait(10)
+        return next_name(listing)
+
+    def rename_too_late(source: str, target: str) -> None:
+        if threading.current_thread() is loser and not lost and queue._owner in target:
+            lost.append(rival.pop())
+        rename(source, target)
+
+    queue.push(b"c")
+    with claimed_by(directory, "node-3"):  # of "a"; objects of one process do not skip
+        monkeypatch.setattr(os, "urandom", lambda size: b"\xff" * size)
+        monkeypatch.setattr(os, "rename", rename_too_late)
+        monkeypatch.setattr(femtoqueue._Listing, "next", next_in_turn)
+        task = queue.pop()
+        over.set()
+        loser.join()
+    assert lost[0] and lost[0].data == b"b"
+    assert task and task.data == b"c"
+
+
+# --- errors -------------------------------------------------------------------------------------------
+
+NAN = float("nan")
+
+
+@pytest.mark.parametrize(
+    ("argument", "value", "error"),
+    [
+        *(("data_dir", value, TypeError) for value in (5, None, b"bytes")),
+        *(("data_dir", value, ValueError) for value in ("", "a\0b")),
+        *(("node_id", value, TypeError) for value in (5, None, b"bytes")),
+        *(
+            ("node_id", value, ValueError)
+            for value in ("", "a/b", "a~b", "a\n", "a\0", "\udc80", "é" * 33)
+        ),
+        *(("timeout_stale_ms", value, TypeError) for value in ("5", None, True, b"")),
+        *(("timeout_stale_ms", value, ValueError) for value in (0, -1, 0.0, NAN, float("inf"))),
+        *(("max_attempts", value, TypeError) for value in ("5", 1.5, True)),
+        *(("max_attempts", value, ValueError) for value in (0, -1)),
+        *(("maxsize", value, TypeError) for value in ("5", 1.5, None, True)),
+        ("maxsize", -1, ValueError),
+    ],
+)
+def test_bad_constructor_arguments(
+    directory: Path, argument: str, value: object, error: type[Exception]
+) -> None:
+    """A bad argument gets its error at the call, which names it, before anything is written."""
+    arguments = {"data_dir": directory, "node_id": "a", argument: value}
+    with pytest.raises(error, match=argument):
+        FemtoQueue(**arguments)
+    assert not directory.exists()
+
+
+Call = Callable[[FemtoQueue, FemtoTask], object]
+BAD_CALLS: list[tuple[str, type[Exception], Call]] = [
+    (r"data.*\.encode\(\)", TypeError, lambda q, t: q.push("text")),
+    ("data", TypeError, lambda q, t: q.push(5)),
+    ("data", TypeError, lambda q, t: q.push(None)),
+    ("data", TypeError, lambda q, t: q.push([1])),
+    ("items", TypeError, lambda q, t: q.push_many(b"one")),
+    ("items", TypeError, lambda q, t: q.push_many("one")),
+    ("items", TypeError, lambda q, t: q.push_many(5)),
+    (r"\.encode\(\)", TypeError, lambda q, t: q.push_many(["text"])),
+    ("path", TypeError, lambda q, t: q.push_file(5.0)),
+    ("path", ValueError, lambda q, t: q.push_file(q.data_dir)),
+    ("nowhere", FileNotFoundError, lambda q, t: q.push_file("/nowhere")),
+    (r"data.*\.encode\(\)", TypeError, lambda q, t: q.schedule("text", NOW_US)),
+    ("time_us", TypeError, lambda q, t: q.schedule(b"", 1.8e15)),
+    ("time_us", TypeError, lambda q, t: q.schedule(b"", "tomorrow")),
+    ("time_us", TypeError, lambda q, t: q.schedule(b"", None)),
+    ("time_us", TypeError, lambda q, t: q.schedule(b"", datetime.date(2027, 1, 1))),
+    ("time_us", TypeError, lambda q, t: q.schedule(b"", datetime.time(tzinfo=datetime.timezone.utc))),
+    ("time_us", ValueError, lambda q, t: q.schedule(b"", datetime.datetime(2027, 1, 1))),
+    ("time_us", ValueError, lambda q, t: q.schedule(b"", NOW_US // 1_000_000)),
+    ("time_us", ValueError, lambda q, t: q.schedule(b"", NOW_US // 1_000)),
+    ("time_us", ValueError, lambda q, t: q.schedule(b"", NOW_US * 1_000)),
+    ("time_us", ValueError, lambda q, t: q.schedule(b"", -NOW_US)),
+    ("timeout", ValueError, lambda q, t: q.pop(-1)),
+    ("timeout", ValueError, lambda q, t: q.pop(-0.001)),
+    ("timeout", ValueError, lambda q, t: q.pop(NAN)),
+    ("timeout", TypeError, lambda q, t: q.pop("5")),
+    ("timeout", TypeError, lambda q, t: q.pop("")),
+    ("timeout", TypeError, lambda q, t: q.pop(True)),
+    ("task", TypeError, lambda q, t: q.done(t.id)),
+    ("task", TypeError, lambda q, t: q.done(None)),
+    ("task", TypeError, lambda q, t: q.fail(t.id)),
+    ("task", TypeError, lambda q, t: q.retry(t.id)),
+    ("task", TypeError, lambda q, t: q.touch(None)),
+    ("delay_ms", ValueError, lambda q, t: q.retry(t, -1)),
+    ("delay_ms", ValueError, lambda q, t: q.retry(t, NAN)),
+    ("delay_ms", TypeError, lambda q, t: q.retry(t, "5")),
+    ("handler", TypeError, lambda q, t: q.run(None, until_empty=True)),
+    ("id", TypeError, lambda q, t: q.status(5)),
+    ("id", TypeError, lambda q, t: q.status(t)),
+    ("id", TypeError, lambda q, t: q.cancel(None)),
+    ("id", TypeError, lambda q, t: q.requeue(b"x")),
+    ("state", ValueError, lambda q, t: q.ids("creating")),
+    ("state", ValueError, lambda q, t: q.ids("../..")),
+    ("state", ValueError, lambda q, t: q.purge("pending", 0)),
+    ("state", ValueError, lambda q, t: q.purge("in_progress", 0)),
+    ("older_than_s", ValueError, lambda q, t: q.purge("done", -1)),
+    ("older_than_s", ValueError, lambda q, t: q.purge("done", NAN)),
+    ("older_than_s", TypeError, lambda q, t: q.purge("done", "1d")),
+    ("timeout", ValueError, lambda q, t: q.join(-1)),
+    ("timeout", ValueError, lambda q, t: q.join(NAN)),
+    ("timeout", TypeError, lambda q, t: q.join("5")),
+]
+
+
+@pytest.mark.parametrize(("message", "error", "call"), BAD_CALLS)
+def test_bad_arguments(
+    directory: Path, queue: FemtoQueue, message: str, error: type[Exception], call: Call
+) -> None:
+    """A bad argument gets its error at the call, which names it, and nothing has changed."""
+    task = queue.pop()
+    assert task
+    before = snapshot(directory)
+    with pytest.raises(error, match=message):
+        call(queue, task)
+    assert snapshot(directory) == before
+
+
+@pytest.mark.parametrize("sync", [False, True])
+@pytest.mark.parametrize("bad", ["text", None, 5])
+def test_bad_item_in_a_batch(directory: Path, bad: object, sync: bool) -> None:
+    """If push_many raises, what was pushed is a prefix of the items."""
+    queue = FemtoQueue(directory, "a", sync_after_write=sync)
+    with pytest.raises(TypeError, match="data"):
+        queue.push_many([b"0", b"1", bad, b"3"])  # type: ignore[list-item]
+    found = drained(queue)
+    assert found == [b"0", b"1"][: len(found)]
+    assert not files(directory / "creating")
+
+
+@pytest.mark.parametrize(
+    "data",
+    [b"x", bytearray(b"x"), memoryview(b"x"), memoryview(b"-x-")[1:2]],
+    ids=lambda data: type(data).__name__,
+)
+def test_bytes_like(directory: Path, clock: Time, data: bytes) -> None:
+    """Payloads are bytes-like, of any kind."""
+    queue = FemtoQueue(directory, "a")
+    queue.push(data)
+    queue.push_many([data])
+    queue.schedule(data, NOW_US)
+    assert drained(queue) == [b"x"] * 3
+
+
+def test_aware_datetime(directory: Path, clock: Time) -> None:
+    """schedule takes an aware datetime of any time zone."""
+    queue = FemtoQueue(directory, "a")
+    zone = datetime.timezone(datetime.timedelta(hours=9))
+    queue.schedule(b"x", datetime.datetime.fromtimestamp(1_800_000_010, zone))
+    clock.advance(9.9)
+    assert queue.pop() is None
+    clock.advance(0.2)
+    assert drained(queue) == [b"x"]
+
+
+def test_errors_of_the_filesystem(directory: Path) -> None:
+    """An OSError comes with its path."""
+    put(directory.parent / "file")
+    with pytest.raises(OSError) as caught:
+        FemtoQueue(directory.parent / "file", "a")
+    assert str(directory.parent / "file") in str(caught.value)
+    queue = FemtoQueue(directory, "a")
+    shutil.rmtree(directory)
+    for call in (queue.pop, lambda: queue.push(b"x")):
+        with pytest.raises(FileNotFoundError, match=re.escape(str(directory))):
+            call()
+
+
+# --- threads, fork, other processes -------------------------------------------------------------------
+
+
+def test_threads(directory: Path) -> None:
+    """One object may be used by many threads: nothing is delivered twice, nothing is lost."""
+    queue = FemtoQueue(directory, "a")
+    found: list[tuple[str, bytes]] = []
+    pushed: list[str] = []
+    errors: list[BaseException] = []
+
+    def work(number: int) -> None:
+        try:
+            for count in range(150):
+                pushed.append(queue.push(b"%d" % (number * 1_000 + count)))
+                if count % 3:
+                    take()
+            while take():
+                pass
+        except BaseException as error:
+            errors.append(error)
+
+    def take() -> bool:
+        task = queue.pop()
+        if task:
+            found.append((task.id, task.data))
+            queue.done(task)
+        return task is not None
+
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    try:
+        threads = [threading.Thread(target=work, args=(number,)) for number in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(before)
+    assert not errors
+    assert sorted(id for id, _ in found) == sorted(pushed) and len(set(pushed)) == 1_200
+    assert {data for _, data in found} == {
+        b"%d" % (n * 1_000 + c) for n in range(8) for c in range(150)
+    }
+    assert queue.counts()["done"] == 1_200
+
+
+def forked(work: Callable[[], object]) -> int:
+    """Do something in a forked child; its status is 0 if nothing was raised."""
+    pid = os.fork()
+    if pid:
+        return pid
+    status = 1
+    try:
+        work()
+        status = 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        os._exit(status)
+
+
+def owners(directory: Path) -> set[int]:
+    """The PIDs of all who hold claims."""
+    claims = (directory / "in_progress").glob("*/*")
+    return {int(path.parent.name.split("~")[1]) for path in claims}
+
+
+def test_fork(directory: Path, queue: FemtoQueue) -> None:
+    """An object may be carried through fork: the child claims as itself, the parent keeps its own."""
+    mine = queue.pop()
+    assert mine
+    reader, writer = os.pipe()
+
+    def claim_and_wait() -> None:
+        assert queue.pop()
+        queue.push(b"c")
+        os.write(writer, b"claimed")
+        signal.pause()
+
+    child = forked(claim_and_wait)
+    os.close(writer)  # so that its death ends the read
+    assert os.read(reader, 7) == b"claimed"
+    os.close(reader)
+    assert owners(directory) == {os.getpid(), child}
+    assert drained(queue) == [b"c"]
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    assert drained(FemtoQueue(directory, "node-2")) == [b"b"]
+    queue.done(mine)
+
+
+def test_the_child_ends(directory: Path, queue: FemtoQueue) -> None:
+    """What a forked child does with its copy, and its end, leave the parent's claims alone."""
+    mine = queue.pop()
+    assert mine
+
+    def work() -> None:
+        queue.push(b"c")
+        assert drained(queue) == [b"b", b"c"]
+        queue.close()
+
+    assert os.waitpid(forked(work), 0)[1] == 0
+    assert drained(FemtoQueue(directory, "node-1")) == []
+    queue.push(b"d")
+    assert drained(queue) == [b"d"]
+    queue.done(mine)
+
+
+def test_fork_makes_other_ids(directory: Path, queue: FemtoQueue) -> None:
+    """Parent and child never make the same id, not even in the same microsecond."""
+    time_us = int(time.time() * 1e6) + 60_000_000
+
+    def schedule() -> None:
+        for _ in range(100):
+            queue.schedule(b"same", time_us)
+
+    child = forked(schedule)
+    schedule()
+    assert os.waitpid(child, 0)[1] == 0
+    assert queue.counts()["scheduled"] == 200
+
+
+@pytest.mark.parametrize("keep", [True, False])
+@pytest.mark.parametrize("call", ["done", "retry"])
+def test_a_forked_child_finishes(directory: Path, call: str, keep: bool) -> None:
+    """A task popped before the fork may be finished by the child; the parent gets NotInProgress."""
+    queue = FemtoQueue(directory, "node-1", keep_done=keep)
+    queue.push(b"a")
+    mine = queue.pop()
+    assert mine
+    assert os.waitpid(forked(lambda: getattr(queue, call)(mine)), 0)[1] == 0
+    with pytest.raises(NotInProgress):
+        queue.done(mine)
+    assert drained(queue) == ([b"a"] if call == "retry" else [])
+
+
+def claim_for_the_parent(queue: FemtoQueue, mine: FemtoTask, pipe: object) -> None:
+    """What the child of `test_multiprocessing` does."""
+    claim = queue.pop()
+    queue.done(mine)
+    pipe.send((os.getpid(), claim))  # type: ignore[attr-defined]
+    pipe.recv()  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_multiprocessing(directory: Path, queue: FemtoQueue, method: str) -> None:
+    """Queue and task may be passed to a child of multiprocessing; it claims as itself."""
+    mine = queue.pop()
+    assert mine
+    context = multiprocessing.get_context(method)
+    here, there = context.Pipe()
+    child = context.Process(target=claim_for_the_parent, args=(queue, mine, there))
+    child.start()
+    there.close()  # so that its death ends the recv
+    pid, claim = here.recv()
+    assert owners(directory) == {pid} == {child.pid}
+    assert queue.status(mine.id) == "done"
+    assert queue.pop() is None, "the child is alive"
+    queue.done(claim)
+    here.send("end")
+    child.join()
+    assert child.exitcode == 0
+    assert queue.status(claim.id) == "done" and claim.data == b"b"
+
+
+def test_pickled_queue(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A pickled queue has its settings, and is the same queue wherever it is unpickled."""
+    monkeypatch.chdir(directory.parent)
+    queue = FemtoQueue(directory.name, "a", 5_000, max_attempts=3, keep_done=False, maxsize=7)
+    queue.push(b"x")
+    (directory.parent / "elsewhere").mkdir()
+    os.chdir(directory.parent / "elsewhere")
+    again = pickle.loads(pickle.dumps(queue))
+    settings = ("node_id", "timeout_stale_ms", "max_attempts", "keep_done", "keep_failed", "maxsize")
+    assert all(getattr(again, name) == getattr(queue, name) for name in settings)
+    assert drained(again) == [b"x"]
+
+
+@pytest.mark.parametrize("size", [1, (1 << 20) + 1])
+@pytest.mark.parametrize("call", ["done", "fail", "retry", "touch"])
+def test_finished_in_another_process(directory: Path, clock: Time, call: str, size: int) -> None:
+    """A task can be pickled and finished from another process, though it was touched meanwhile."""
+    payload = b"x" * size
+    queue = FemtoQueue(directory, "a")
+    id = queue.push(payload)
+    task = queue.pop()
+    assert task
+    copy = pickle.dumps(task)
+    clock.advance(10)
+    queue.touch(task)
+    code = """
+import pickle
+task = pickle.loads(bytes.fromhex(sys.argv[3]))
+assert task.data == b"x" * int(sys.argv[4])
+getattr(FemtoQueue(sys.argv[1], "b"), sys.argv[2])(task)
+"""
+    run(code, directory, call, copy.hex() if size == 1 else pickle.dumps(task).hex(), size)
+    after = {"done": "done", "fail": "failed", "retry": "pending", "touch": "in_progress"}
+    assert queue.status(id) == after[call]
+    if call == "touch":
+        assert task.data == payload
+        queue.done(task)
+    else:
+        with pytest.raises(NotInProgress):
+            queue.done(task)
+
+
+# ====================================================================================================
+# Everything a worker and its operator need
+# ====================================================================================================
+
+README = HERE / "README.md"
+IDS = [f"{n:016d}_node_{n:018x}.00000000" for n in range(1_790_000_000_000_000, 1_790_000_000_000_003)]
+
+
+Process = subprocess.Popen[str]
+Spawn = Callable[..., Process]
+
+
+@pytest.fixture
+def guard() -> Iterator[Callable[[Process], Process]]:
+    """Sees that a process ends with the test, or after 30 s if the test waits in vain."""
+    with contextlib.ExitStack() as stack:
+
+        def guard(process: Process) -> Process:
+            stack.enter_context(process)
+            watchdog = threading.Timer(30, process.kill)
+            watchdog.start()
+            stack.callback(watchdog.cancel)
+            stack.callback(process.kill)
+            return process
+
+        yield guard
+
+
+@pytest.fixture
+def spawn(guard: Callable[[Process], Process]) -> Spawn:
+    """`start`, guarded."""
+    return lambda code, *arguments: guard(start(code, *arguments, stderr=subprocess.PIPE))
+
+
+def expect(process: Process, line: str) -> None:
+    """Wait for the next line that the process prints, which must be this one."""
+    assert process.stdout is not None
+    assert process.stdout.readline().rstrip("\n") == line
+
+
+def tell_worker(process: Process) -> None:
+    """Let a process go on that waits in input()."""
+    assert process.stdin is not None
+    process.stdin.write("\n")
+    process.stdin.flush()
+
+
+def ending(process: Process) -> tuple[str, int]:
+    """What else the process prints, errors behind the rest, and its exit status."""
+    assert process.stdin and process.stdout and process.stderr
+    process.stdin.close()
+    # Not communicate(): that loses what readline() has read ahead.
+    return process.stdout.read() + process.stderr.read(), process.wait()
+
+
+def payloads(q: FemtoQueue) -> list[bytes]:
+    """Drain the queue."""
+    found = []
+    while task := q.pop():
+        found.append(task.data)
+        q.done(task)
+    return found
+
+
+def names(directory: Path, state: str) -> list[str]:
+    """The names of the task files of a state."""
+    return sorted(p.name for p in (directory / state).rglob("*") if not p.is_dir())
+
+
+def tree(directory: Path) -> dict[str, object]:
+    """All that can be seen of a directory: any change to it is a difference."""
+    return {
+        str(path.relative_to(directory)): (
+            path.lstat().st_mtime_ns,
+            path.is_file() and path.read_bytes(),
+        )
+        for path in [directory, *directory.rglob("*")]
+    }
+
+
+def break_call(monkeypatch: pytest.MonkeyPatch, name: str, at: int) -> None:
+    """Let the call number `at` of os.<name> raise EIO."""
+    real = getattr(os, name)
+    count = itertools.count()
+
+    def broken(*arguments: object, **options: object) -> object:
+        if next(count) == at:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return real(*arguments, **options)
+
+    monkeypatch.setattr(os, name, broken)
+
+
+# --- retries ------------------------------------------------------------------------------------------
+
+
+def test_retry_puts_a_task_back_at_its_old_place(directory: Path, clock: Time) -> None:
+    """retry(task) makes it pending again, before all that is younger, as the same task."""
+    q = FemtoQueue(directory, "node")
+    first, second = q.push_many([b"first", b"second"])
+    task = q.pop()
+    q.retry(task)
+    assert list(q.ids("pending")) == [first, second]
+    again = q.pop()
+    assert (again.id, again.data, again.attempt) == (first, b"first", 2)
+    with pytest.raises(NotInProgress):
+        q.done(task)
+    with pytest.raises(NotInProgress):
+        q.retry(task, 1_000)
+    q.done(again)
+
+
+def test_retry_keeps_its_delay_in_scheduled(directory: Path, clock: Time) -> None:
+    """retry(task, delay_ms) is delivered when the delay is over, never before, to whoever asks then."""
+    q = FemtoQueue(directory, "node")
+    id = q.push(b"x")
+    q.retry(q.pop(), 60_000)
+    assert q.status(id) == "scheduled"
+    (name,) = names(directory, "scheduled")
+    assert name == f"{id}~1~{int((clock.wall + 60) * 1e6):016d}"
+    clock.advance(59.9)
+    assert q.pop() is None
+    clock.advance(0.1)
+    assert FemtoQueue(directory, "other").pop().attempt == 2
+
+
+def test_retry_delay_survives_a_restart(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A delay is on disk: the process that set it may end, another keeps it."""
+    id = run(
+        "q = FemtoQueue(sys.argv[1], 'node'); q.push(b'x'); task = q.pop()\n"
+        "q.retry(task, 3_600_000); print(task.id)",
+        directory,
+    ).strip()
+    q = FemtoQueue(directory, "node")
+    assert q.pop() is None
+    assert list(q.ids("scheduled")) == [id]
+    real = time.time
+    monkeypatch.setattr(time, "time", lambda: real() + 3_601)
+    assert q.pop().attempt == 2
+
+
+@pytest.mark.parametrize("delay_ms", [-1, float("nan"), True, "1", None])
+def test_retry_refuses_a_bad_delay(directory: Path, delay_ms: object) -> None:
+    """A bad delay_ms raises at the call, and the task stays claimed."""
+    q = FemtoQueue(directory, "node")
+    q.push(b"x")
+    task = q.pop()
+    with pytest.raises((TypeError, ValueError), match="delay_ms"):
+        q.retry(task, delay_ms)
+    q.done(task)
+
+
+def test_attempts_are_counted_in_the_name_at_each_claim(directory: Path, clock: Time) -> None:
+    """Every claim uses up one delivery, before the task is handed out, and a lost lease counts too."""
+    q = FemtoQueue(directory, "node", timeout_stale_ms=1_000)
+    id = q.push(b"x")
+    for attempt in (1, 2, 3):
+        task = FemtoQueue(directory, f"node{attempt}", timeout_stale_ms=1_000).pop()
+        assert task.attempt == attempt
+        (name,) = names(directory, "in_progress")
+        assert name.startswith(f"{id}~{attempt}~")
+        clock.advance(1.1)
+
+
+@pytest.mark.parametrize("keep_failed", [True, False])
+def test_max_attempts_end_in_failed(directory: Path, clock: Time, keep_failed: bool) -> None:
+    """After max_attempts deliveries retry, with or without a delay, is fail."""
+    q = FemtoQueue(directory, "node", max_attempts=2, keep_failed=keep_failed)
+    for delay_ms in (0, 1_000):
+        id = q.push(b"x")
+        q.retry(q.pop(), delay_ms)
+        clock.advance(1)
+        q.retry(q.pop(), delay_ms)
+        assert q.status(id) == ("failed" if keep_failed else None)
+        assert q.pop() is None
+    assert len(names(directory, "failed")) == (2 if keep_failed else 0)
+
+
+def test_a_lease_that_ran_out_every_time_ends_in_failed(directory: Path, clock: Time) -> None:
+    """Hung workers use up max_attempts as well; the tasks behind get their turn."""
+    q = FemtoQueue(directory, "node", timeout_stale_ms=1_000, max_attempts=2)
+    hanging, behind = q.push_many([b"hanging", b"behind"])
+    for attempt in (1, 2):
+        assert q.pop().attempt == attempt
+        clock.advance(1.1)
+    assert q.pop().id == behind
+    assert q.status(hanging) == "failed"
+
+
+def test_a_task_that_kills_its_worker_does_not_take_the_queue_down(
+    directory: Path, spawn: Spawn
+) -> None:
+    """Claimed, SIGKILL, claimed again: after max_attempts it is in failed/ and the next one runs."""
+    worker = """
+import signal
+def handle(task):
+    print(task.attempt, task.data.decode(), flush=True)
+    if task.data == b"poison":
+        os.kill(os.getpid(), signal.SIGKILL)
+print("done", FemtoQueue(sys.argv[1], "node", max_attempts=3).run(handle, until_empty=True))
+"""
+    q = FemtoQueue(directory, "producer")
+    poison, _ = q.push_many([b"poison", b"behind"])
+    for attempt in (1, 2, 3):
+        assert ending(spawn(worker, directory)) == (f"{attempt} poison\n", -signal.SIGKILL)
+    out, status = ending(spawn(worker, directory))
+    assert (out.splitlines()[:2], status) == (["1 behind", "done 1"], 0)
+    assert f"{poison} has used up its 3 attempts" in out
+    assert q.status(poison) == "failed"
+    assert q.counts() == dict.fromkeys(femtoqueue.STATES, 0) | {"done": 1, "failed": 1}
+
+
+# --- run ----------------------------------------------------------------------------------------------
+
+
+def test_run_finishes_what_the_handler_returns_from(directory: Path) -> None:
+    """A handler that returns, whatever it returns, has done the task; run says how many there were."""
+    q = FemtoQueue(directory, "node")
+    ids = q.push_many([b"1", b"2", b"3"])
+    handled: list[str] = []
+    assert q.run(lambda task: handled.append(task.id) or False, until_empty=True) == 3
+    assert handled == ids == list(q.ids("done"))
+    assert q.run(print, until_empty=True) == 0
+
+
+def test_run_logs_and_retries_what_the_handler_raises_from(
+    directory: Path, clock: Time, caplog: pytest.LogCaptureFixture
+) -> None:
+    """An exception is logged with its traceback; delays double, with jitter, until max_attempts."""
+    q = FemtoQueue(directory, "node", max_attempts=4)
+    id = q.push(b"x")
+
+    def misfit(task: FemtoTask) -> None:
+        raise RuntimeError(f"try {task.attempt}")
+
+    for attempt in (1, 2, 3, 4):
+        caplog.clear()
+        assert q.run(misfit, until_empty=True) == 0
+        (record,) = caplog.records
+        assert record.name == "femtoqueue" and id in record.getMessage()
+        assert "in misfit" in caplog.text and f"RuntimeError: try {attempt}" in caplog.text
+        if attempt == 4:
+            break
+        (name,) = names(directory, "scheduled")
+        delay_s = int(name[-16:]) / 1e6 - clock.wall
+        assert 0.5 <= delay_s / 2 ** (attempt - 1) <= 1.5
+        assert q.pop() is None
+        clock.advance(delay_s + 1e-3)
+    assert q.status(id) == "failed"
+    clock.advance(1e6)
+    assert q.pop() is None
+
+
+def test_backoff_has_jitter(directory: Path, clock: Time) -> None:
+    """Tasks that failed together do not come back together."""
+    q = FemtoQueue(directory, "node")
+    q.push_many([b"x"] * 20)
+    assert q.run(lambda task: 1 / 0, until_empty=True) == 0
+    assert len({name[-16:] for name in names(directory, "scheduled")}) > 10
+
+
+def test_backoff_has_a_limit(directory: Path, clock: Time, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However often a task failed, it is tried again within 90 minutes."""
+    q = FemtoQueue(directory, "node")
+    (directory / "pending" / "1790000000000000_x~60").write_bytes(b"x")
+    monkeypatch.setattr(
+        os, "urandom", lambda size: b"\xff" * size
+    )  # the longest that jitter can make it
+    assert q.run(lambda task: 1 / 0, until_empty=True) == 0
+    (name,) = names(directory, "scheduled")
+    assert 3_600 <= int(name[-16:]) / 1e6 - clock.wall <= 5_400
+
+
+def test_an_exit_in_the_handler_gives_the_task_back(directory: Path) -> None:
+    """What is not an Exception ends run; the task is pending again, with a delivery used up."""
+    q = FemtoQueue(directory, "node")
+    id = q.push(b"x")
+    with pytest.raises(SystemExit):
+        q.run(lambda task: sys.exit(3))
+    assert q.status(id) == "pending"
+    assert q.pop().attempt == 2
+
+
+def test_a_handler_may_finish_its_task_itself(directory: Path) -> None:
+    """A task that its handler failed, or retried with a delay of its own, stays so, and run goes on."""
+    q = FemtoQueue(directory, "node")
+    failed, retried, done = q.push_many([b"fail", b"retry", b"done"])
+
+    def handle(task: FemtoTask) -> None:
+        if task.data == b"fail":
+            q.fail(task)
+        if task.data == b"retry":
+            q.retry(task, 1e6)
+
+    assert q.run(handle, until_empty=True) == 1
+    assert [q.status(id) for id in (failed, retried, done)] == ["failed", "scheduled", "done"]
+
+
+def test_until_empty_does_all_that_is_due_and_waits_for_nothing(directory: Path, clock: Time) -> None:
+    """until_empty handles pending and due tasks, also those that come meanwhile, then returns."""
+    q = FemtoQueue(directory, "node")
+    q.push(b"pending")
+    q.schedule(b"due", int(clock.wall * 1e6) + 1_000_000)
+    q.schedule(b"later", int(clock.wall * 1e6) + 10**10)
+    clock.advance(2)
+    handled = []
+
+    def handle(task: FemtoTask) -> None:
+        if not handled:
+            q.push(b"pushed meanwhile")
+        handled.append(task.data)
+
+    assert q.run(handle, until_empty=True) == 3
+    assert handled == [b"pending", b"due", b"pushed meanwhile"]
+    assert q.counts()["scheduled"] == 1
+
+
+def test_the_lease_is_kept_alive_while_the_handler_runs(directory: Path, spawn: Spawn) -> None:
+    """A handler may take longer than timeout_stale_ms: nobody else gets its task."""
+    worker = """
+q = FemtoQueue(sys.argv[1], "worker", timeout_stale_ms=600)
+def handle(task):
+    print("begun", flush=True)
+    input()
+    print(task.lost, task.data)
+print(q.run(handle, until_empty=True))
+"""
+    q = FemtoQueue(directory, "other")
+    id = q.push(b"x")
+    process = spawn(worker, directory)
+    expect(process, "begun")
+    assert q.pop(timeout=1.5) is None
+    assert q.status(id) == "in_progress"
+    tell_worker(process)
+    assert ending(process) == ("False b'x'\n1\n", 0)
+    assert q.status(id) == "done"
+
+
+def test_the_handler_is_told_that_its_lease_was_lost(directory: Path, spawn: Spawn) -> None:
+    """Stopped past its lease: another has the task; task.lost says so, and run leaves it alone."""
+    worker = """
+import logging
+logging.basicConfig(stream=sys.stdout, format="%(message)s")
+q = FemtoQueue(sys.argv[1], "worker", timeout_stale_ms=300)
+def handle(task):
+    print("begun", flush=True)
+    while not task.lost:
+        time.sleep(0.001)
+    print("lost")
+print(q.run(handle, until_empty=True))
+"""
+    q = FemtoQueue(directory, "other")
+    id = q.push(b"x")
+    process = spawn(worker, directory)
+    expect(process, "begun")
+    process.send_signal(signal.SIGSTOP)
+    task = q.pop(timeout=10)
+    assert (task.id, task.attempt) == (id, 2)
+    process.send_signal(signal.SIGCONT)
+    out, status = ending(process)
+    assert (out.splitlines()[0], out.splitlines()[-1], status) == ("lost", "0", 0)
+    assert f"{id}: its lease was lost" in out
+    q.done(task)
+
+
+def test_the_handler_is_told_that_its_queue_was_closed(directory: Path) -> None:
+    """close gives the task in hand back: task.lost, then run raises; the heartbeat lives on."""
+    q = FemtoQueue(directory, "node", timeout_stale_ms=90)
+    id = q.push(b"x")
+    seen = []
+
+    def handle(task: FemtoTask) -> None:
+        q.close()
+        deadline = time.monotonic() + 10
+        while not task.lost and time.monotonic() < deadline:
+            time.sleep(0.001)
+        seen.append(task.lost)
+
+    with pytest.raises(FemtoQueueError, match="closed"):
+        q.run(handle)
+    assert seen == [True]
+    assert FemtoQueue(directory, "other").pop().id == id
+
+
+SIGNALLED = """
+import select, signal
+q = FemtoQueue(sys.argv[1], "worker")
+def told_of(number):
+    # The signal handler that run has set is let speak.
+    inner = signal.getsignal(number)
+    def outer(*arguments):
+        inner(*arguments)
+        print("caught", flush=True)
+    signal.signal(number, outer)
+def handle(task):
+    told_of(signal.SIGTERM)
+    told_of(signal.SIGINT)
+    print("begun", flush=True)
+    while task.data != b"short":
+        if select.select([sys.stdin], [], [], 0.01)[0]:
+            break
+try:
+    print("returned", q.run(handle))
+except BaseException as error:
+    print(type(error).__name__, *error.args)
+    print(*map(q.status, sys.argv[2:]))
+assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+assert signal.getsignal(signal.SIGINT) == signal.default_int_handler
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_lets_the_task_in_hand_be_finished(
+    directory: Path, spawn: Spawn, number: signal.Signals
+) -> None:
+    """SIGTERM and SIGINT: the handler goes on to its end, its task is done, run returns."""
+    q = FemtoQueue(directory, "producer")
+    ids = q.push_many([b"long", b"next"])
+    process = spawn(SIGNALLED, directory)
+    expect(process, "begun")
+    process.send_signal(number)
+    expect(process, "caught")
+    assert q.status(ids[0]) == "in_progress"
+    tell_worker(process)
+    assert ending(process) == ("returned 1\n", 0)
+    assert [q.status(id) for id in ids] == ["done", "pending"]
+    assert q.pop().attempt == 1
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_an_idle_worker(directory: Path, spawn: Spawn, number: signal.Signals) -> None:
+    """SIGTERM and SIGINT end run while it waits for a task."""
+    q = FemtoQueue(directory, "producer")
+    q.push(b"short")
+    process = spawn(SIGNALLED, directory)
+    expect(process, "begun")
+    assert q.join(timeout=10)
+    process.send_signal(number)
+    expect(process, "caught")
+    assert ending(process) == ("returned 1\n", 0)
+
+
+@pytest.mark.parametrize(
+    "first, second, error",
+    [
+        (signal.SIGTERM, signal.SIGTERM, "SystemExit 143"),
+        (signal.SIGINT, signal.SIGINT, "KeyboardInterrupt"),
+        (signal.SIGTERM, signal.SIGINT, "KeyboardInterrupt"),
+    ],
+)
+def test_a_second_signal_gives_the_task_back_at_once(
+    directory: Path, spawn: Spawn, first: signal.Signals, second: signal.Signals, error: str
+) -> None:
+    """The handler is interrupted, its task is pending again when the exception leaves run."""
+    q = FemtoQueue(directory, "producer")
+    id = q.push(b"long")
+    process = spawn(SIGNALLED, directory, id)
+    expect(process, "begun")
+    process.send_signal(first)
+    expect(process, "caught")
+    process.send_signal(second)
+    assert ending(process) == (f"{error}\npending\n", 0)
+    assert q.pop().attempt == 2
+
+
+def test_run_restores_the_signal_handlers_before_it(directory: Path) -> None:
+    """run sets its handlers while it runs, and leaves those that it found, however it ends."""
+    q = FemtoQueue(directory, "node")
+    q.push_many([b"1", b"2"])
+    numbers = (signal.SIGTERM, signal.SIGINT)
+    found = [lambda *_: None, signal.SIG_IGN]
+    before = [signal.signal(number, handler) for number, handler in zip(numbers, found, strict=True)]
+    try:
+        during = []
+
+        def handle(task: FemtoTask) -> None:
+            during.extend(map(signal.getsignal, numbers))
+            if task.data == b"2":
+                raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            q.run(handle, until_empty=True)
+        assert list(map(signal.getsignal, numbers)) == found
+        assert len(during) == 4 and not set(during) & set(found)
+    finally:
+        for number, handler in zip(numbers, before, strict=True):
+            signal.signal(number, handler)
+
+
+def test_run_in_another_thread_sets_no_signal_handlers(directory: Path) -> None:
+    """run works in a thread that is not the main one, and leaves signals alone there."""
+    q = FemtoQueue(directory, "node")
+    q.push(b"x")
+    numbers = (signal.SIGTERM, signal.SIGINT)
+    before = list(map(signal.getsignal, numbers))
+    seen: list[object] = []
+
+    def handle(task: FemtoTask) -> None:
+        seen.append(list(map(signal.getsignal, numbers)))
+
+    thread = threading.Thread(target=lambda: seen.append(q.run(handle, until_empty=True)))
+    thread.start()
+    thread.join(30)
+    assert seen == [before, 1]
+
+
+def test_run_leaves_no_thread_and_no_reference_behind(directory: Path) -> None:
+    """A heartbeat only while run is running; the last reference dropped, the object is gone at once."""
+    q = FemtoQueue(directory, "node", max_attempts=1)
+    q.push_many([b"1", b"fails", b"3"])
+    held = q.pop()
+    threads = threading.active_count()
+    running = []
+
+    def handle(task: FemtoTask) -> None:
+        running.append(threading.active_count())
+        if task.data == b"fails":
+            raise ValueError("fails")
+
+    logging.getLogger("femtoqueue").disabled = True  # pytest keeps what is logged, traceback and all
+    try:
+        assert q.run(handle, until_empty=True) == 1
+    finally:
+        logging.getLogger("femtoqueue").disabled = False
+    assert running == [threads + 1] * 2
+    assert threading.active_count() == threads
+    gone = weakref.ref(q)
+    gc.disable()
+    try:
+        del q
+        assert gone() is None
+    finally:
+        gc.enable()
+    assert FemtoQueue(directory, "other").pop().id == held.id
+
+
+# --- more ways in -------------------------------------------------------------------------------------
+
+durable_or_not = pytest.mark.parametrize("durable", [False, True], ids=["fast", "durable"])
+
+
+@durable_or_not
+def test_push_many_keeps_order(directory: Path, durable: bool) -> None:
+    """push_many takes any iterable of bytes-likes, returns their ids in order, and none is no task."""
+    q = FemtoQueue(directory, "node", sync_after_write=durable)
+    items = [b"%d" % n for n in range(250)] + [bytearray(b"x"), memoryview(b"y"), b""]
+    ids = q.push_many(iter(items))
+    assert ids == sorted(set(ids)) == list(q.ids("pending"))
+    assert payloads(q) == [bytes(item) for item in items]
+    assert q.push_many([]) == []
+    assert names(directory, "creating") == []
+
+
+@durable_or_not
+@pytest.mark.parametrize("items", [b"bytes", "text", memoryview(b"x"), bytearray(b"x")])
+def test_push_many_refuses_one_payload(directory: Path, durable: bool, items: object) -> None:
+    """A payload in place of several is a mistake, not so many tasks of one byte."""
+    with pytest.raises(TypeError, match="push"):
+        FemtoQueue(directory, "node", sync_after_write=durable).push_many(items)
+
+
+@durable_or_not
+def test_push_many_that_fails_has_pushed_a_prefix(directory: Path, durable: bool) -> None:
+    """When an item is bad, or the iterable raises, those pushed are the first ones."""
+    q = FemtoQueue(directory, "node", sync_after_write=durable)
+
+    def items() -> Iterator[bytes]:
+        yield b"1"
+        yield b"2"
+        raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        q.push_many(items())
+    assert payloads(q) in ([], [b"1"], [b"1", b"2"])
+    with pytest.raises(TypeError, match="encode"):
+        q.push_many([b"1", "text", b"3"])
+    assert payloads(q) in ([], [b"1"])
+    assert names(directory, "creating") == []
+
+
+@pytest.mark.parametrize("call", ["open", "write", "fsync", "rename", "close", "posix_fadvise"])
+def test_push_many_on_a_bad_disk_has_pushed_a_prefix(
+    directory: Path, monkeypatch: pytest.MonkeyPatch, call: str
+) -> None:
+    """Whichever system call fails: a prefix is pushed, nothing is left in creating/, no open file."""
+    items = [b"%d" % n for n in range(5)]
+    for at in range(14):
+        q = FemtoQueue(directory / str(at), "node", sync_after_write=True)
+        open_files = len(os.listdir("/proc/self/fd"))
+        with monkeypatch.context() as patch:
+            break_call(patch, call, at)
+            try:
+                q.push_many(items)
+                assert q.counts()["pending"] == 5
+            except OSError:
+                pass
+        assert len(os.listdir("/proc/self/fd")) <= open_files + (call == "close")
+        pushed = payloads(q)
+        assert pushed == items[: len(pushed)]
+        assert names(directory / str(at), "creating") == []
+        assert payloads(q) == []
+
+
+def test_push_many_takes_back_the_last_ones_first(
+    directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While a failed batch is withdrawn, what can be seen of it is a prefix at every moment."""
+    q = FemtoQueue(directory, "node", sync_after_write=True)
+    items = [b"%d" % n for n in range(5)]
+    seen = []
+    real = os.unlink
+
+    def unlink(path: str) -> None:
+        seen.append(sorted(p.read_bytes() for p in (directory / "pending").rglob("*") if p.is_file()))
+        real(path)
+
+    monkeypatch.setattr(os, "unlink", unlink)
+    monkeypatch.setattr(femtoqueue, "_sync", lambda *_: names(directory, "creating") or 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        q.push_many(items)
+    assert seen[0] == items
+    assert all(pushed == items[: len(pushed)] for pushed in seen)
+    assert payloads(FemtoQueue(directory, "other")) == []
+
+
+@durable_or_not
+def test_push_many_returns_only_what_was_pushed(directory: Path, durable: bool) -> None:
+    """Files that somebody deletes from creating/ are an error, never ids of tasks that do not exist."""
+    q = FemtoQueue(directory, "node", sync_after_write=durable)
+
+    def items() -> Iterator[bytes]:
+        yield b"1"
+        for name in names(directory, "creating"):
+            (directory / "creating" / name).unlink()
+        yield b"2"
+
+    try:
+        ids = q.push_many(items())
+    except FileNotFoundError:
+        assert payloads(q) in ([], [b"1"])
+    else:
+        assert ids == list(q.ids("pending"))
+
+
+@pytest.fixture
+def places(tmp_path: Path) -> Iterator[list[Path]]:
+    """A directory on the queue's filesystem, and one on another, if there is one."""
+    memory = Path("/dev/shm")
+    if not memory.is_dir() or memory.stat().st_dev == tmp_path.stat().st_dev:
+        yield [tmp_path]
+    else:
+        with tempfile.TemporaryDirectory(dir=memory) as other:
+            yield [tmp_path, Path(other)]
+
+
+@durable_or_not
+@pytest.mark.parametrize("move", [False, True], ids=["copy", "move"])
+def test_push_file_copies_or_moves(
+    directory: Path, places: list[Path], durable: bool, move: bool
+) -> None:
+    """push_file makes a file's content a task, from any filesystem; moved, the file is gone."""
+    q = FemtoQueue(directory, "node", sync_after_write=durable)
+    for place in places:
+        for content in (b"", b"x" * 3_000_000):
+            source = place / "file"
+            source.write_bytes(content)
+            inode = source.stat().st_ino
+            id = q.push_file(str(source) if move else source, move=move)
+            assert source.exists() is not move
+            task = q.pop()
+            assert (task.id, task.data) == (id, content)
+            if move and place == places[0]:
+                assert os.stat(task.path).st_ino == inode
+            q.done(task)
+    assert names(directory, "creating") == []
+
+
+@pytest.mark.parametrize("move", [False, True], ids=["copy", "move"])
+def test_push_file_refuses_what_is_no_file(directory: Path, tmp_path: Path, move: bool) -> None:
+    """A directory, a FIFO (without waiting for a writer), a device: ValueError; nothing is changed."""
+    q = FemtoQueue(directory, "node")
+    os.mkfifo(tmp_path / "fifo")
+    (tmp_path / "dir").mkdir()
+    (tmp_path / "dangling").symlink_to("nowhere")
+    (tmp_path / "link to fifo").symlink_to("fifo")
+    for name in ("fifo", "dir", "link to fifo", "/dev/null"):
+        with pytest.raises(ValueError, match=re.escape(name)):
+            q.push_file(tmp_path / name, move=move)
+    for name in ("dangling", "missing"):
+        with pytest.raises((FileNotFoundError, ValueError), match=name):
+            q.push_file(tmp_path / name, move=move)
+    assert q.counts()["pending"] == 0
+    assert names(directory, "creating") == []
+    assert stat.S_ISFIFO(os.lstat(tmp_path / "fifo").st_mode) and (tmp_path / "dir").is_dir()
+
+
+def test_push_file_moves_no_symbolic_link(directory: Path, tmp_path: Path) -> None:
+    """Moved, a link would be a task that nobody follows: ValueError, and link and file stay."""
+    q = FemtoQueue(directory, "node")
+    (tmp_path / "file").write_bytes(b"x")
+    (tmp_path / "link").symlink_to("file")
+    with pytest.raises(ValueError, match="symbolic link"):
+        q.push_file(tmp_path / "link", move=True)
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "file").read_bytes() == b"x"
+    assert q.counts()["pending"] == 0
+
+
+@durable_or_not
+@pytest.mark.parametrize("call", ["open", "read", "write", "rename", "fsync", "close", "unlink"])
+def test_push_file_that_fails_leaves_the_file_where_it_was(
+    directory: Path, places: list[Path], monkeypatch: pytest.MonkeyPatch, durable: bool, call: str
+) -> None:
+    """A failed system call: the file is where it was and no task, so the call can be made again."""
+    for at, place in itertools.product(range(4), places):
+        q = FemtoQueue(directory / f"{at}{place.name}", "node", sync_after_write=durable)
+        source = place / "file"
+        source.write_bytes(b"x")
+        with monkeypatch.context() as patch:
+            break_call(patch, call, at)
+            with contextlib.suppress(OSError):
+                q.push_file(source, move=True)
+                source.write_bytes(b"it is a task, so the place is free")
+        if source.read_bytes() == b"x":
+            assert payloads(q) == []
+            q.push_file(source, move=True)
+        assert payloads(q) == [b"x"]
+
+
+def test_a_gigabyte_goes_through_in_32_megabytes(places: list[Path]) -> None:
+    """push_file, pop and task.path stream: 1 GiB in 32 MB of memory."""
+    peak_kb = run(
+        """
+place = sys.argv[1]
+with open(f"{place}/file", "wb") as file:
+    file.write(b"begin")
+    file.truncate(1 << 30)
+q = FemtoQueue(f"{place}/big", "node")
+q.push_file(f"{place}/file")
+task = q.pop()
+with open(task.path, "rb") as file:
+    size = sum(map(len, iter(lambda: file.read(1 << 20), b"")))
+assert size == 1 << 30
+q.done(task)
+# Not ru_maxrss: that begins with what the parent had when it forked.
+print(next(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM")))
+""",
+        places[-1],
+    )
+    assert int(peak_kb) < 32_000
+
+
+def test_schedule_takes_an_aware_datetime(directory: Path, clock: Time) -> None:
+    """A datetime is due at its instant, whatever its time zone; a naive one is refused."""
+    q = FemtoQueue(directory, "node")
+    zone = datetime.timezone(datetime.timedelta(hours=5, minutes=30))
+    id = q.schedule(b"x", datetime.datetime.fromtimestamp(clock.wall + 60, zone))
+    assert names(directory, "scheduled") == [f"{id}~0~{int((clock.wall + 60) * 1e6)}"]
+    clock.advance(59.9)
+    assert q.pop() is None
+    clock.advance(0.1)
+    assert q.pop().id == id
+    with pytest.raises(ValueError, match="time zone"):
+        q.schedule(b"x", datetime.datetime(2030, 1, 1))  # noqa: DTZ001
+    with pytest.raises(TypeError, match="time_us"):
+        q.schedule(b"x", datetime.date(2030, 1, 1))
+
+
+# --- looking ------------------------------------------------------------------------------------------
+
+
+def test_status_and_counts_follow_a_task(directory: Path, clock: Time) -> None:
+    """status names the state at each step of a task's life, and counts counts it there."""
+    q = FemtoQueue(directory, "node")
+    id = q.schedule(b"x", int(clock.wall * 1e6) + 5_000_000)
+
+    def expect_only(state: str) -> None:
+        assert q.status(id) == state
+        assert q.counts() == dict.fromkeys(femtoqueue.STATES, 0) | {state: 1}
+
+    expect_only("scheduled")
+    clock.advance(5)
+    q.retry(q.pop())
+    expect_only("pending")
+    task = q.pop()
+    expect_only("in_progress")
+    q.fail(task)
+    expect_only("failed")
+    q.requeue(id)
+    q.done(q.pop())
+    expect_only("done")
+    q.requeue(id)
+    next((directory / "pending").rglob(id)).write_bytes(b"broken")
+    assert q.pop() is None
+    expect_only("corrupt")
+    q.purge("corrupt", 0)
+    assert q.status(id) is None
+
+
+def test_ids_are_oldest_first(directory: Path, clock: Time) -> None:
+    """ids lists each state in the order in which tasks are due, whatever order they came in."""
+    q = FemtoQueue(directory, "node")
+    now_us = int(clock.wall * 1e6)
+    due = [q.schedule(b"x", now_us + s * 1_000_000) for s in (5000, 9, 70, 600)]
+    assert list(q.ids("scheduled")) == [due[1], due[2], due[3], due[0]]
+    ids = [q.push(b"%d" % n) for n in range(6)]
+    assert list(q.ids("pending")) == ids
+    tasks = [q.pop() for _ in ids]
+    assert list(q.ids("in_progress")) == ids
+    for task in reversed(tasks):
+        (q.done if int(task.data) < 3 else q.fail)(task)
+    assert list(q.ids("done")) == ids[:3]
+    assert list(q.ids("failed")) == ids[3:]
+    assert list(q.ids("corrupt")) == []
+    for state in ("creating", "", "Done", None):
+        with pytest.raises(ValueError, match="state"):
+            q.ids(state)
+
+
+def test_ids_of_pending_are_lazy(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first ids of a long queue cost one directory, not all of them."""
+    q = FemtoQueue(directory, "node")
+    for n in range(50):
+        bucket = directory / "pending" / f"{1_790_000_000_000_000 + n * 10**9}"
+        bucket.mkdir()
+        (bucket / f"{bucket.name}_x").write_bytes(b"")
+    opened = []
+    real = os.scandir
+    monkeypatch.setattr(os, "scandir", lambda path: (opened.append(path), real(path))[1])
+    ids = q.ids("pending")
+    assert next(ids).startswith("1790000000000000_")
+    assert len(opened) <= 3
+    assert len(list(ids)) == 49
+
+
+HOSTILE_WORKER = [
+    "",
+    ".",
+    "..",
+    "../../secret",
+    "/etc/passwd",
+    f"{IDS[0]}/../../../secret",
+    f"../done/{IDS[0]}",
+    f"{IDS[0]}\0",
+    f"{IDS[0][:20]}\0{IDS[0][21:]}",
+    f"{IDS[0]}\n",
+    f"{IDS[0]}\udcff",
+    f"{IDS[0]}~1",
+    f"{IDS[0][:17]}{'x' * 300}",
+    "٣" * 16 + "_x",
+    "*",
+]
+
+
+@pytest.fixture
+def touched(monkeypatch: pytest.MonkeyPatch) -> list[object]:
+    """The arguments of all calls to the filesystem from here on."""
+    seen: list[object] = []
+
+    def watch(module: object, name: str) -> None:
+        real = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda *a, **o: (seen.append((name, a)), real(*a, **o))[1])
+
+    for name in ("open", "stat", "lstat", "rename", "replace", "unlink", "remove", "link", "scandir"):
+        watch(os, name)
+    for name in ("listdir", "mkdir", "rmdir", "access", "readlink", "utime", "truncate"):
+        watch(os, name)
+    for name in ("exists", "lexists", "isfile", "isdir", "islink"):
+        watch(os.path, name)
+    return seen
+
+
+def test_the_watch_on_the_filesystem_works(directory: Path, touched: list[object]) -> None:
+    """An id by the grammar does become a path: the next test sees something."""
+    q = FemtoQueue(directory, "node")
+    touched.clear()
+    q.status(IDS[0])
+    assert any(IDS[0] in str(call) for call in touched)
+
+
+@pytest.mark.parametrize("id", HOSTILE_WORKER, ids=ascii)
+def test_a_hostile_id_never_reaches_the_filesystem(
+    directory: Path, tmp_path: Path, touched: list[object], id: str
+) -> None:
+    """An id that is no task's name is no task: no system call ever sees it."""
+    q = FemtoQueue(directory, "node")
+    (tmp_path / "secret").write_bytes(b"x")
+    touched.clear()
+    assert q.status(id) is None
+    assert q.cancel(id) is False
+    assert q.requeue(id) is False
+    assert touched == []
+
+
+@pytest.mark.parametrize(
+    "id", [None, 5, IDS[0].encode(), Path("x"), [], FemtoTask(IDS[0], b"")], ids=repr
+)
+def test_an_id_that_is_no_str_is_a_type_error(
+    directory: Path, touched: list[object], id: object
+) -> None:
+    """Anything but a str is a TypeError that says so, before the filesystem is asked."""
+    q = FemtoQueue(directory, "node")
+    touched.clear()
+    for call in (q.status, q.cancel, q.requeue):
+        with pytest.raises(TypeError, match="id: expected str"):
+            call(id)
+    assert touched == []
+
+
+# --- housekeeping -------------------------------------------------------------------------------------
+
+
+@durable_or_not
+def test_cancel_drops_a_waiting_task(directory: Path, clock: Time, durable: bool) -> None:
+    """A pending or scheduled task is gone for good; claimed and finished ones are not cancelled."""
+    q = FemtoQueue(directory, "node", sync_after_write=durable)
+    pending, kept = q.push_many([b"pending", b"kept"])
+    scheduled = q.schedule(b"scheduled", int(clock.wall * 1e6) + 1_000_000)
+    for id in (pending, scheduled):
+        assert q.cancel(id) is True
+        assert q.cancel(id) is False
+        assert q.status(id) is None
+    clock.advance(2)
+    task = q.pop()
+    assert task.id == kept
+    assert q.cancel(kept) is False
+    q.done(task)
+    assert q.cancel(kept) is False
+    assert q.pop() is None
+    assert q.status(kept) == "done"
+
+
+def test_a_bucket_removed_meanwhile_is_no_error(
+    directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A durable cancel that emptied a bucket returns True, also when a worker removes the bucket."""
+    q = FemtoQueue(directory, "node", sync_after_write=True)
+    id = q.push(b"x")
+    bucket = next((directory / "pending").iterdir())
+    real = os.unlink
+
+    def unlink(path: str) -> None:
+        real(path)
+        bucket.rmdir()
+
+    monkeypatch.setattr(os, "unlink", unlink)
+    assert q.cancel(id) is True
+
+
+@durable_or_not
+def test_requeue_gives_a_fresh_start(directory: Path, durable: bool) -> None:
+    """A failed, corrupt or done task is pending again, at its old place, with no delivery used up."""
+    q = FemtoQueue(directory, "node", sync_after_write=durable, max_attempts=2)
+    ids = q.push_many([b"failed", b"done", b"corrupt", b"last"])
+    next((directory / "pending").rglob(ids[2])).write_bytes(b"broken!")
+    q.retry(q.pop())
+    q.retry(q.pop())
+    q.done(q.pop())
+    assert q.pop().id == ids[3]
+    assert [q.status(id) for id in ids] == ["failed", "done", "corrupt", "in_progress"]
+    (directory / "corrupt" / ids[2]).write_bytes(b"corrupt")  # repaired
+    for id in reversed(ids[:3]):
+        assert q.requeue(id) is True
+        assert q.requeue(id) is False
+    assert q.requeue(ids[3]) is False
+    tasks = [q.pop(), q.pop(), q.pop()]
+    assert [(task.id, task.attempt) for task in tasks] == [(id, 1) for id in ids[:3]]
+
+
+@pytest.mark.parametrize("state", ["done", "failed", "corrupt"])
+def test_purge_goes_by_the_time_of_finishing(
+    directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, state: str
+) -> None:
+    """purge deletes what was finished so long ago, however old task or file are; it says how many."""
+    q = FemtoQueue(directory, "node")
+    now = time.time()
+    for age_s in (10**6, -(10**6)):  # files of long ago, and from a machine whose clock is ahead
+        (tmp_path / "file").write_bytes(b"x")
+        os.utime(tmp_path / "file", (now - age_s, now - age_s))
+        id = q.push_file(tmp_path / "file", move=True)
+        if state == "corrupt":
+            next((directory / "pending").rglob(id)).rename(directory / "corrupt" / id)
+        else:
+            (q.done if state == "done" else q.fail)(q.pop())
+    (directory / state / ".DS_Store").write_bytes(b"")
+    assert q.purge(state, 60) == 0
+    monkeypatch.setattr(time, "time", lambda: now + 59)
+    assert q.purge(state, 60) == 0
+    monkeypatch.setattr(time, "time", lambda: now + 120)
+    assert q.purge(state, 60) == 2
+    assert names(directory, state) == [".DS_Store"]
+
+
+def test_purge_refuses_what_was_not_finished(directory: Path) -> None:
+    """Only finished tasks can be purged, and only by an age."""
+    q = FemtoQueue(directory, "node")
+    q.push(b"x")
+    for state in ("pending", "scheduled", "in_progress", "creating", "../x", None):
+        with pytest.raises(ValueError, match="state"):
+            q.purge(state, 0)
+    for age in (-1, "1", None, True, float("nan")):
+        with pytest.raises((TypeError, ValueError), match="older_than_s"):
+            q.purge("done", age)
+    assert q.counts()["pending"] == 1
+
+
+@durable_or_not
+def test_finished_tasks_need_not_be_kept(directory: Path, durable: bool) -> None:
+    """keep_done=False and keep_failed=False delete at done and fail."""
+    q = FemtoQueue(directory, "node", sync_after_write=durable, keep_done=False, keep_failed=False)
+    for finish in (q.done, q.fail):
+        q.push(b"x")
+        task = q.pop()
+        finish(task)
+        assert q.status(task.id) is None
+    assert sum(q.counts().values()) == 0
+
+
+VERDICTS = {
+    "done": lambda q, task: q.done(task),
+    "fail": lambda q, task: q.fail(task),
+    "retry": lambda q, task: q.retry(task),
+    "retry-later": lambda q, task: q.retry(task, 1_000),
+}
+
+
+@pytest.mark.parametrize("keep", [True, False], ids=["keep", "delete"])
+@pytest.mark.parametrize("second", VERDICTS)
+@pytest.mark.parametrize("first", VERDICTS)
+def test_a_task_is_finished_once(directory: Path, first: str, second: str, keep: bool) -> None:
+    """After one verdict every other, and the same one again, raises NotInProgress, each time."""
+    q = FemtoQueue(directory, "node", keep_done=keep, keep_failed=keep)
+    q.push(b"x")
+    task = q.pop()
+    VERDICTS[first](q, task)
+    before = files(directory)
+    for _ in range(2):
+        with pytest.raises(NotInProgress):
+            VERDICTS[second](q, task)
+        assert files(directory) == before
+
+
+@pytest.mark.parametrize("keep", [True, False], ids=["keep", "delete"])
+@pytest.mark.parametrize("verdict", VERDICTS)
+def test_a_lost_claim_has_no_verdict(directory: Path, clock: Time, verdict: str, keep: bool) -> None:
+    """Whose lease ran out gets NotInProgress, however often he tries, and whatever the next one did."""
+    q = FemtoQueue(directory, "node", keep_done=keep, keep_failed=keep)
+    other = FemtoQueue(directory, "other", keep_done=keep, keep_failed=keep)
+    q.push(b"x")
+    lost = q.pop()
+    clock.advance(31)
+    task = other.pop()
+    for finish in (lambda: None, lambda: other.done(task)):
+        finish()
+        before = files(directory)
+        for _ in range(2):
+            with pytest.raises(NotInProgress):
+                VERDICTS[verdict](q, lost)
+            assert files(directory) == before
+
+
+def test_leftovers_of_dead_writers_are_swept_and_those_of_live_ones_are_not(
+    directory: Path, spawn: Spawn
+) -> None:
+    """A half-written file goes when its writer is dead, and only then."""
+    writer = """
+q = FemtoQueue(sys.argv[1], "writer")
+real = os.rename
+def pause(*arguments):
+    os.rename = real
+    print("written", flush=True)
+    input()
+    real(*arguments)
+os.rename = pause
+print(q.push(b"x"))
+"""
+    dead, live = spawn(writer, directory), spawn(writer, directory)
+    for process in (dead, live):
+        expect(process, "written")
+    dead.kill()
+    dead.wait()
+    (directory / "creating" / "of somebody else").write_bytes(b"")
+    assert len(names(directory, "creating")) == 3
+    q = FemtoQueue(directory, "other")
+    assert q.pop() is None
+    left = names(directory, "creating")
+    assert len(left) == 2 and f"~{live.pid}~" in left[1]
+    tell_worker(live)
+    assert q.pop(timeout=10).id == ending(live)[0].strip()
+
+
+@durable_or_not
+def test_maxsize_is_exact_for_one_producer(directory: Path, durable: bool) -> None:
+    """push raises queues.Full when maxsize tasks are pending, not before; a pop makes room."""
+    q = FemtoQueue(directory, "node", maxsize=5, sync_after_write=durable)
+    for _ in range(5):
+        q.push(b"x")
+    for push in (q.push, lambda data: q.push_many([data])):
+        with pytest.raises(queues.Full, match="5 tasks are pending"):
+            push(b"x")
+    (directory / "file").write_bytes(b"x")
+    for move in (False, True):
+        with pytest.raises(queues.Full):
+            q.push_file(directory / "file", move=move)
+    assert (directory / "file").exists()
+    assert names(directory, "creating") == []
+    q.pop()
+    q.push(b"y")
+    with pytest.raises(queues.Full):
+        q.push(b"z")
+    assert q.counts()["pending"] == 5
+
+
+@durable_or_not
+def test_maxsize_holds_for_push_many(directory: Path, durable: bool) -> None:
+    """A batch larger than the room raises queues.Full, and what was pushed fits and is a prefix."""
+    q = FemtoQueue(directory, "node", maxsize=5, sync_after_write=durable)
+    with pytest.raises(queues.Full):
+        q.push_many(b"%d" % n for n in range(20))
+    pushed = payloads(q)
+    assert len(pushed) <= 5
+    assert pushed == [b"%d" % n for n in range(len(pushed))]
+    assert len(q.push_many([b"x"] * 5)) == 5
+
+
+def test_join_watches_until_all_is_finished(directory: Path, clock: Time) -> None:
+    """True when nothing is pending, in progress or scheduled; False after timeout, never early."""
+    q = FemtoQueue(directory, "node")
+    assert q.join() is True and q.join(0) is True
+
+    def unfinished() -> None:
+        before = clock.boot
+        assert q.join(0) is False
+        assert q.join(timeout=2.5) is False
+        assert 2.5 <= clock.boot - before < 2.6
+
+    q.push(b"x")
+    unfinished()
+    task = q.pop()
+    unfinished()
+    q.retry(task, 60_000)
+    unfinished()
+    clock.advance(60)
+    q.done(q.pop())
+    assert q.join() is True
+    for timeout in (-1, "1", True, float("nan")):
+        with pytest.raises((TypeError, ValueError), match="timeout"):
+            q.join(timeout)
+
+
+def test_join_waits_for_another_process(directory: Path, spawn: Spawn) -> None:
+    """join returns once the last task is finished elsewhere, in failed/ or done/."""
+    q = FemtoQueue(directory, "producer")
+    q.push_many([b"1", b"2"])
+    process = spawn(
+        "q = FemtoQueue(sys.argv[1], 'node'); print('begun', flush=True); input()\n"
+        "q.done(q.pop()); q.fail(q.pop())",
+        directory,
+    )
+    expect(process, "begun")
+    assert q.join(0) is False
+    tell_worker(process)
+    assert q.join(timeout=20) is True
+    assert ending(process) == ("", 0)
+
+
+def test_close_gives_back_what_was_not_finished(directory: Path) -> None:
+    """After close, others get the tasks at once, at their old places; so does with, on errors too."""
+    other = FemtoQueue(directory, "other")
+    ids = other.push_many([b"1", b"2", b"3"])
+    with pytest.raises(ZeroDivisionError), FemtoQueue(directory, "node") as q:
+        q.done(q.pop())
+        task = q.pop()
+        q.pop()
+        raise ZeroDivisionError
+    q.close()
+    assert [other.status(id) for id in ids] == ["done", "pending", "pending"]
+    assert os.listdir(directory / "in_progress") == []
+    assert other.pop().id == ids[1]
+    with pytest.raises(FemtoQueueError):
+        q.done(task)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda q, task: q.push(b"x"),
+        lambda q, task: q.push_many([b"x"]),
+        lambda q, task: q.push_file(__file__),
+        lambda q, task: q.schedule(b"x", 1_790_000_000_000_000),
+        lambda q, task: q.pop(),
+        lambda q, task: q.pop(timeout=None),
+        lambda q, task: q.done(task),
+        lambda q, task: q.fail(task),
+        lambda q, task: q.retry(task),
+        lambda q, task: q.retry(task, 1_000),
+        lambda q, task: q.touch(task),
+        lambda q, task: q.run(print, until_empty=True),
+        lambda q, task: q.status(task.id),
+        lambda q, task: q.counts(),
+        lambda q, task: list(q.ids("pending")),
+        lambda q, task: q.cancel(task.id),
+        lambda q, task: q.requeue(task.id),
+        lambda q, task: q.purge("done", 0),
+        lambda q, task: q.join(0),
+        lambda q, task: q.__enter__(),
+    ],
+    ids=(
+        "push push_many push_file schedule pop pop-for-ever done fail retry retry-later touch run "
+        "status counts ids cancel requeue purge join with"
+    ).split(),
+)
+def test_a_closed_queue_refuses_every_call(directory: Path, call: Callable) -> None:
+    """Every later call raises FemtoQueueError and changes nothing; close may be repeated."""
+    q = FemtoQueue(directory, "node", max_attempts=1)
+    q.push(b"x")
+    task = q.pop()
+    q.close()
+    q.close()
+    before = files(directory)
+    with pytest.raises(FemtoQueueError, match="closed"):
+        call(q, task)
+    assert files(directory) == before
+
+
+def test_close_ends_those_who_wait(directory: Path) -> None:
+    """A pop or run that waits in another thread raises when the queue is closed, and claims nothing."""
+    q = FemtoQueue(directory, "node")
+    q.push(b"x")
+    held = q.pop()
+    ended = []
+
+    def wait(call: Callable[[], object]) -> None:
+        with pytest.raises(FemtoQueueError, match="closed"):
+            call()
+        ended.append(call)
+
+    calls = (lambda: q.pop(timeout=None), lambda: q.pop(timeout=60), lambda: q.run(print))
+    threads = [threading.Thread(target=wait, args=(call,), daemon=True) for call in calls]
+    for thread in threads:
+        thread.start()
+    q.close()
+    other = FemtoQueue(directory, "other")
+    task = other.pop()
+    assert task.id == held.id
+    other.retry(task)
+    for thread in threads:
+        thread.join(10)
+    assert set(ended) == set(calls)
+    assert other.status(held.id) == "pending"
+
+
+# --- the command line ---------------------------------------------------------------------------------
+
+
+class Shell:
+    """Runs `python femtoqueue.py DIR ...` as a user would."""
+
+    def __init__(self, directory: Path, guard: Callable[[Process], Process] = lambda p: p) -> None:
+        self.command = [sys.executable, str(MODULE), str(directory)]
+        self.guard = guard
+
+    def __call__(
+        self, *arguments: object, stdin: bytes = b"", status: int = 0, **variables: str
+    ) -> list[str]:
+        """Run a command; return the lines it printed, or if `status` is an error, its complaint."""
+        done = subprocess.run(
+            [*self.command, *map(str, arguments)],
+            input=stdin,
+            capture_output=True,
+            env=os.environ | variables,
+            timeout=60,
+            check=False,
+        )
+        complaint = done.stderr.decode()
+        assert done.returncode == status, complaint
+        assert "Traceback" not in complaint
+        if status:
+            return [*done.stdout.decode().splitlines(), complaint]
+        assert not complaint
+        return done.stdout.decode().splitlines()
+
+    def start(self, *arguments: object) -> Process:
+        """Start a command in a process group of its own, as a shell does."""
+        pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+        command = [*self.command, *map(str, arguments)]
+        return self.guard(subprocess.Popen(command, text=True, start_new_session=True, **pipes))
+
+    def piped(self, *arguments: str, behind: str) -> subprocess.CompletedProcess[bytes]:
+        """Run a command in a real shell, with a pipe or redirection behind it."""
+        line = f"{shlex.join([*self.command, *arguments])} {behind}"
+        return subprocess.run(["sh", "-c", line], check=False, capture_output=True, timeout=30)
+
+
+@pytest.fixture
+def shell(directory: Path, guard: Callable[[Process], Process]) -> Shell:
+    return Shell(directory, guard)
+
+
+def test_cli_push_and_list(directory: Path, tmp_path: Path, shell: Shell) -> None:
+    """push takes standard input, or files; it prints ids in order, and list prints them again."""
+    (tmp_path / "a").write_bytes(b"a")
+    (tmp_path / "-b").write_bytes(b"\xff\0")
+    ids = shell("push", stdin=b"from standard input\n")
+    ids += shell("push", "--", tmp_path / "a", tmp_path / "-b")
+    assert shell("list", "pending") == ids
+    q = FemtoQueue(directory, "node")
+    assert payloads(q) == [b"from standard input\n", b"a", b"\xff\0"]
+    assert shell("list", "done") == ids
+    assert shell("list", "pending", status=1) == [""]
+
+
+def test_cli_push_streams_standard_input(directory: Path) -> None:
+    """push holds no more of its input in memory than a megabyte or two, and takes it from a pipe."""
+    peak_kb = run(
+        """
+import subprocess, threading
+megabyte = bytes(range(256)) * 4096
+read, write = os.pipe()
+def feed():
+    with os.fdopen(write, "wb") as file:
+        for _ in range(100):
+            file.write(megabyte)
+threading.Thread(target=feed).start()
+os.dup2(read, 0)
+os.close(read)
+femtoqueue.main([sys.argv[1], "push"])
+print(next(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM")))
+""",
+        directory,
+    ).split()[1]
+    assert int(peak_kb) < 40_000
+    task = FemtoQueue(directory, "node").pop()
+    assert os.path.getsize(task.path) == 100 << 20
+
+
+def test_cli_push_of_a_missing_file(tmp_path: Path, shell: Shell) -> None:
+    """A file that cannot be pushed is exit status 1; those before it were pushed, and say so."""
+    (tmp_path / "a").write_bytes(b"a")
+    id, complaint = shell("push", tmp_path / "a", tmp_path / "missing", status=1)
+    assert str(tmp_path / "missing") in complaint
+    assert shell("list", "pending") == [id]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        (),
+        ("nonsense",),
+        ("list",),
+        ("list", "creating"),
+        ("cancel",),
+        ("requeue",),
+        ("run",),
+        ("run", "--max-attempts", "0", "--", "true"),
+        ("run", "--max-attempts", "many", "--", "true"),
+        ("purge", "pending", "1d"),
+        ("purge", "done"),
+        ("purge", "done", "yesterday"),
+        ("purge", "done", "-1d"),
+        ("schedule",),
+        ("status", "--nonsense"),
+    ],
+    ids=" ".join,
+)
+def test_cli_usage_errors(shell: Shell, arguments: tuple[str, ...]) -> None:
+    """Wrong usage is exit status 2, with a hint and no traceback."""
+    shell("push", stdin=b"x")
+    *out, complaint = shell(*arguments, status=2)
+    assert out == [] and complaint.startswith("usage: ")
+
+
+@pytest.mark.parametrize("command", ["status", "list done", "cancel x", "requeue x", "purge done 1d"])
+def test_cli_looking_at_a_missing_directory(directory: Path, shell: Shell, command: str) -> None:
+    """Where there is no queue, looking says so, exits with 1, and makes nothing."""
+    *out, complaint = shell(*command.split(), status=1)
+    assert out == [] and str(directory) in complaint
+    assert not directory.exists()
+
+
+def test_cli_a_directory_that_cannot_be(tmp_path: Path) -> None:
+    """An error from the filesystem is exit status 1 and one line that names the path."""
+    (tmp_path / "file").write_bytes(b"x")
+    complaint = Shell(tmp_path / "file")("push", stdin=b"x", status=1)[-1]
+    assert str(tmp_path / "file") in complaint and complaint.count("\n") == 1
+
+
+def test_cli_status_leaves_a_directory_of_the_original_alone(directory: Path) -> None:
+    """Before a queue of the original femtoqueue is taken over, looking at it changes nothing in it."""
+    for state in ("creating", "pending", "scheduled", "done", "failed", "node-1"):
+        (directory / state).mkdir(parents=True)
+    for state in ("pending", "node-1"):
+        header = b"\x01" + bytes(7) + bytes(16)
+        (directory / state / f"1790000000000000_node-1_{state}").write_bytes(header + b"x")
+    before = tree(directory)
+    for command in ("status", "list pending", "purge done 0s"):
+        Shell(directory)(*command.split(), status=1)
+    assert tree(directory) == before
+
+
+def test_cli_status_table(directory: Path, shell: Shell) -> None:
+    """status shows each state with its count and oldest task, and each owner of tasks in progress."""
+    q = FemtoQueue(directory, "node-7")
+    q.push_many([b"1", b"2", b"3"])
+    q.pop()
+    lines = shell("status")
+    assert lines[0].split() == ["state", "count", "oldest"]
+    rows = {line.split()[0]: line.split()[1:] for line in lines[1:7]}
+    assert list(rows) == list(femtoqueue.STATES)
+    assert rows["pending"] == ["2", "0s"] and rows["in_progress"] == ["1", "0s"]
+    assert rows["done"] == ["0", "-"]
+    assert lines[7] == ""
+    assert lines[8].split() == ["node_id", "pid", "alive", "tasks", "lease_left"]
+    node_id, pid, alive, tasks, lease = lines[9].split()
+    assert (node_id, pid, alive, tasks) == ("node-7", str(os.getpid()), "yes", "1")
+    assert 25 <= int(lease.removesuffix("s")) <= 30
+    for block in (lines[:7], lines[8:]):
+        starts = {line.index(line.split()[1], len(line.split()[0])) for line in block}
+        assert len(starts) == 1, "columns are aligned"
+
+
+def test_cli_status_json(directory: Path, shell: Shell) -> None:
+    """status --json is for programs: numbers are numbers, and what is unknown is null."""
+    run("q = FemtoQueue(sys.argv[1], 'gone'); q.push(b'x'); q.pop()", directory)
+    FemtoQueue(directory, "node").schedule(b"later", time.time_ns() // 1_000 + 10**9)
+    (line,) = shell("status", "--json")
+    report = json.loads(line)
+    states = {row["state"]: row for row in report["states"]}
+    assert list(states) == list(femtoqueue.STATES)
+    assert states["in_progress"]["count"] == states["scheduled"]["count"] == 1
+    assert states["in_progress"]["oldest_s"] >= 0 > states["scheduled"]["oldest_s"]
+    assert states["done"]["oldest_s"] is None
+    (owner,) = report["owners"]
+    assert (owner["node_id"], owner["alive"], owner["tasks"]) == ("gone", "no", 1)
+    assert 20 < owner["lease_left_s"] <= 30
+
+
+def test_cli_watch_ends_at_ctrl_c(shell: Shell) -> None:
+    """status --watch repeats itself; Ctrl-C ends it as it ends other tools: by the signal, quietly."""
+    shell("push", stdin=b"x")
+    process = shell.start("status", "--watch")
+    expect(process, "state        count  oldest")
+    os.killpg(process.pid, signal.SIGINT)
+    out, status = ending(process)
+    assert status == -signal.SIGINT and "Traceback" not in out and "KeyboardInterrupt" not in out
+
+
+def test_cli_list_into_head_is_quiet(directory: Path, shell: Shell) -> None:
+    """A reader that has seen enough ends the command without a word."""
+    FemtoQueue(directory, "node")
+    for n in range(3_000):
+        (directory / "done" / f"{n:016d}_{'x' * 100}").touch()
+    done = shell.piped("list", "done", behind="| head -1")
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert done.stdout == b"0000000000000000_" + b"x" * 100 + b"\n"
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="there is no /dev/full")
+def test_cli_a_full_disk_behind_standard_output_is_an_error(shell: Shell) -> None:
+    """What could not be printed is exit status 1, not silence."""
+    shell("push", stdin=b"x")
+    done = shell.piped("list", "pending", behind="> /dev/full")
+    assert done.returncode == 1
+    assert b"No space left" in done.stderr and b"Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("command", ["push", "schedule +1m"])
+def test_cli_closed_standard_input(directory: Path, shell: Shell, command: str) -> None:
+    """Without a standard input, push and schedule fail with one line, and push no task."""
+    done = shell.piped(*command.split(), behind="<&-")
+    assert done.returncode == 1
+    assert done.stderr.startswith(b"femtoqueue: ") and done.stderr.count(b"\n") == 1
+    assert FemtoQueue(directory, "node").join(0)
+
+
+@pytest.mark.parametrize(
+    "when, due",
+    [
+        ("+90s", 90),
+        ("+10m", 600),
+        ("+1.5h", 5_400),
+        ("+2d", 172_800),
+        ("2030-01-01T12:00:00Z", 1_893_499_200.0),
+        ("2030-01-01T12:00:00+02:00", 1_893_492_000.0),
+        ("2030-01-01 12:00", 1_893_517_200.0),
+        ("2030-07-01", 1_909_108_800.0),
+        ("2030-01-01Z", 1_893_456_000.0),
+    ],
+)
+def test_cli_schedule(directory: Path, shell: Shell, when: str, due: float) -> None:
+    """WHEN is a wait, or an ISO time: of its own zone, UTC for Z, or local, summer time included."""
+    before = time.time()
+    (id,) = shell("schedule", when, stdin=b"x", TZ="EST5EDT,M3.2.0,M11.1.0")
+    assert shell("list", "scheduled") == [id]
+    due_s = int(names(directory, "scheduled")[0][-16:]) / 1e6
+    if isinstance(due, float):
+        assert due_s == due
+    else:
+        assert before + due - 0.001 <= due_s <= time.time() + due
+
+
+NONSENSE = """tomorrow + +m +10 +10x +-1m +nans +infd +1e300d +1e15d 1 1790000000
+    2030-13-01 2030-01-01T25:00 Z"""
+
+
+@pytest.mark.parametrize(
+    "when, zone",
+    [
+        *((when, "UTC") for when in ("", *NONSENSE.split())),
+        *itertools.product(["0001-01-01", "9999-12-31T23:59:59+00:00"], ["JST-9", "EST5"]),
+        ("9999-12-31T23:59:59", "EST5"),
+    ],
+)
+def test_cli_schedule_nonsense(directory: Path, shell: Shell, when: str, zone: str) -> None:
+    """A WHEN that is none is exit status 2, in every time zone, and no task."""
+    assert shell("schedule", when, stdin=b"x", status=2, TZ=zone)[-1].startswith("usage: ")
+    assert files(directory) == []
+
+
+def test_cli_cancel_and_requeue(directory: Path, shell: Shell) -> None:
+    """Each id is tried; exit status 1 says that of one or more nothing could be done, and of which."""
+    q = FemtoQueue(directory, "node")
+    ids = q.push_many([b"1", b"2", b"3"])
+    assert shell("cancel", ids[0]) == []
+    complaint = shell("cancel", ids[0], ids[1], "../x", status=1)[-1]
+    assert complaint == "".join(
+        f"femtoqueue: {id} is not pending or scheduled\n" for id in (ids[0], "../x")
+    )
+    q.fail(q.pop())
+    assert shell("requeue", ids[2]) == []
+    assert q.status(ids[2]) == "pending"
+    assert ids[2] in shell("requeue", ids[2], status=1)[-1]
+    assert list(q.ids("pending")) == [ids[2]]
+
+
+def test_cli_purge(directory: Path, shell: Shell) -> None:
+    """purge prints how many it deleted; none is exit status 1."""
+    q = FemtoQueue(directory, "node")
+    q.push_many([b"1", b"2"])
+    payloads(q)
+    assert shell("purge", "done", "1h", status=1)[0] == "0"
+    assert shell("purge", "done", "0s") == ["2"]
+    assert shell("purge", "done", "0s", status=1)[0] == "0"
+
+
+def test_cli_run_hands_each_payload_to_a_command(directory: Path, shell: Shell) -> None:
+    """run gives the payload on standard input, and id, attempt and path in the environment."""
+    payload = bytes(range(256)) * 10_000
+    (id,) = shell("push", stdin=payload)
+    script = 'echo "$1 $FEMTOQUEUE_ID $FEMTOQUEUE_ATTEMPT"; cat >in; cat "$FEMTOQUEUE_PATH" >path'
+    script = f"cd {shlex.quote(str(directory.parent))}; {script}"
+    assert shell("run", "--until-empty", "--", "sh", "-c", script, "--", "-- x") == [f"-- x {id} 1"]
+    assert (directory.parent / "in").read_bytes() == payload
+    assert (directory.parent / "path").read_bytes() == payload
+    assert shell("list", "done") == [id]
+    assert shell("run", "--until-empty", "--", "true", status=1) == [""]
+
+
+def test_cli_run_keeps_the_double_dash_of_the_command(shell: Shell) -> None:
+    """Only the first -- is ours: what follows is the command's own, options and all."""
+    shell("push", stdin=b"-x\n")
+    assert shell("run", "--until-empty", "--", "grep", "--", "-x") == ["-x"]
+
+
+def test_cli_run_takes_the_exit_status_as_the_verdict(directory: Path, shell: Shell) -> None:
+    """0 is done; anything else, a signal and a missing command too, is retried, after a delay."""
+    verdicts = {b"true": "done", b"exit 3": "scheduled", b"kill -9 $$": "scheduled"}
+    ids = [shell("push", stdin=script)[0] for script in verdicts]
+    out, status = ending(shell.start("run", "--until-empty", "--", "sh"))
+    q = FemtoQueue(directory, "node")
+    assert [q.status(id) for id in ids] == list(verdicts.values())
+    assert status == 0
+    lines = out.splitlines()
+    assert len(lines) == 2 and all(line.startswith("femtoqueue: ") for line in lines)
+    assert ids[1] in lines[0] and "exit status 3" in lines[0]
+
+
+def test_cli_run_of_a_missing_command_is_wrong_usage(directory: Path, shell: Shell) -> None:
+    """A typo in the command is told at once: no task loses an attempt by it."""
+    shell("push", stdin=b"x")
+    assert "no-such-command" in shell("run", "--", "no-such-command", status=2)[-1]
+    assert FemtoQueue(directory, "node").pop().attempt == 1
+
+
+def test_cli_run_max_attempts(directory: Path, shell: Shell) -> None:
+    """--max-attempts N: the Nth failure is the last."""
+    (id,) = shell("push", stdin=b"x")
+    complaint = shell("run", "--until-empty", "--max-attempts", "1", "--", "false", status=1)[-1]
+    assert id in complaint
+    assert shell("list", "failed") == [id]
+
+
+def test_cli_run_path_outlives_a_renewed_lease(directory: Path, tmp_path: Path, shell: Shell) -> None:
+    """FEMTOQUEUE_PATH opens the payload even after the claim was renamed by a touch."""
+    (id,) = shell("push", stdin=b"payload")
+    os.mkfifo(tmp_path / "go")
+    script = 'echo begun; cat "$1" "$FEMTOQUEUE_PATH"'
+    process = shell.start("run", "--until-empty", "--", "sh", "-c", script, "-", tmp_path / "go")
+    expect(process, "begun")
+    (claim,) = (directory / "in_progress").rglob(f"{id}*")
+    FemtoQueue(directory, "node").touch(FemtoTask(id, b"", 1, str(claim)))
+    assert not claim.exists()
+    (tmp_path / "go").write_text("renewed ")
+    assert ending(process) == ("renewed payload", 0)
+    assert shell("list", "done") == [id]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_cli_ctrl_c_lets_the_command_finish(
+    tmp_path: Path, shell: Shell, number: signal.Signals
+) -> None:
+    """Ctrl-C, which a terminal sends to the whole group, ends run after the command in hand."""
+    ids = [shell("push", stdin=b"x")[0], shell("push", stdin=b"y")[0]]
+    os.mkfifo(tmp_path / "go")
+    process = shell.start("run", "--", "sh", "-c", 'echo begun; cat "$1"', "-", tmp_path / "go")
+    expect(process, "begun")
+    os.killpg(process.pid, number)
+    (tmp_path / "go").write_text("finished")
+    assert ending(process) == ("finished", 0)
+    assert shell("list", "done") == ids[:1]
+    assert shell("list", "pending") == ids[1:]
+
+
+def test_cli_a_second_ctrl_c_ends_the_command(shell: Shell) -> None:
+    """A second Ctrl-C kills the command and its children, gives the task back, ends by the signal."""
+    (id,) = shell("push", stdin=b"x")
+    # Both children hold standard output: its end is theirs.
+    process = shell.start("run", "--", "sh", "-c", "sleep 60 & echo begun; sleep 60")
+    expect(process, "begun")
+    while process.poll() is None:
+        os.killpg(process.pid, signal.SIGINT)  # one that comes too soon after another is the same
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(0.1)
+    assert ending(process) == ("", -signal.SIGINT)
+    assert shell("list", "pending") == [id]
+
+
+def test_the_module_imports_little() -> None:
+    """import femtoqueue costs 15 ms: what only the command line or a warning needs is left out."""
+    path = f"sys.path.insert(0, {str(MODULE.parent)!r})"
+    code = f"import sys; {path}; import femtoqueue; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-I", "-S", "-c", code], capture_output=True, check=True)
+    costly = {"argparse", "logging", "typing", "dataclasses", "re", "datetime", "json", "hashlib"}
+    costly |= {"subprocess", "signal", "queue", "inspect", "tempfile", "enum", "random", "uuid"}
+    assert not costly & set(done.stdout.decode().split())
+
+
+# --- the recipes --------------------------------------------------------------------------------------
+
+
+def blocks(path: Path) -> Iterator[tuple[str, str, str]]:
+    """Heading, language and text of each fenced block of a Markdown file."""
+    heading = ""
+    lines = iter(path.read_text().splitlines(keepends=True))
+    for line in lines:
+        if line.startswith("#"):
+            heading = line.strip("# \n")
+        if fence := re.match(r"( *)```(\w+)", line):
+            indent = len(fence[1])
+            text = [line[indent:] for line in iter(lambda: next(lines), fence[1] + "```\n")]
+            yield heading, fence[2], "".join(text)
+
+
+BLOCKS = [pytest.param(lang, text, id=f"{heading}-{lang}") for heading, lang, text in blocks(README)]
+
+
+@pytest.fixture
+def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A project as the recipes assume it: femtoqueue.py copied there, the script installed."""
+    shutil.copy(MODULE, tmp_path)
+    (tmp_path / "bin").mkdir()
+    for name, command in {
+        "python3": f'exec {sys.executable} "$@"',
+        "femtoqueue": f'exec {sys.executable} {tmp_path}/femtoqueue.py "$@"',
+        "../handle": "cat >> handled",
+    }.items():
+        (tmp_path / "bin" / name).write_text(f"#!/bin/sh\n{command}\n")
+        (tmp_path / "bin" / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}/bin:{os.environ['PATH']}")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize("language, text", BLOCKS)
+def test_recipe(project: Path, language: str, text: str) -> None:
+    """Every recipe runs as it stands, and has nothing to complain about."""
+    if language == "python":
+        (project / "recipe.py").write_text(text)
+        command = [sys.executable, "recipe.py"]
+    elif language == "sh":
+        command = ["sh", "-eu", "-c", text]
+    elif language == "crontab":
+        FemtoQueue("queue", "node").push(b"payload\n")
+        job = text.split(maxsplit=5)[5].replace("/srv/myapp", str(project))
+        command = ["sh", "-c", job]
+    elif language == "ini":
+        return run_unit(project, text)
+    else:
+        pytest.fail(f"nothing here runs {language}")
+    done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (0, "")
+    if language == "crontab":
+        assert (project / "handled").read_text() == "payload\n"
+    return None
+
+
+def run_unit(project: Path, unit: str) -> None:
+    """Do what systemd does with a service: start it, and stop it by SIGTERM to the main process."""
+    settings = dict(line.split("=", 1) for line in unit.splitlines() if "=" in line)
+    assert settings["WorkingDirectory"] == "/srv/myapp" and settings["KillMode"] == "mixed"
+    q = FemtoQueue("queue", "node")
+    q.push(b"payload\n")
+    program, *arguments = shlex.split(settings["ExecStart"])
+    with subprocess.Popen([os.path.basename(program), *arguments]) as process:
+        assert q.join(timeout=20)
+        process.terminate()
+        assert process.wait(20) == 0
+    assert (project / "handled").read_text() == "payload\n"
+
+
+def test_the_tables_name_calls_that_exist() -> None:
+    """Whatever the recipes call on q, or give to FemtoQueue by name, is there."""
+    text = README.read_text()
+    called = set(re.findall(r"\bq\.(\w+)", text))
+    assert len(called) > 10
+    assert not [name for name in called if not hasattr(FemtoQueue, name)]
+    states = set(re.findall(r"(?:ids|purge|counts\(\))[(\[]\"(\w+)\"", text))
+    assert states and states <= set(femtoqueue.STATES)
+
+
+# ====================================================================================================
+# Proof: kills, faults, power cuts, many processes, hostile directories
+# ====================================================================================================
+
+# --- figures ------------------------------------------------------------------------------------------
+
+FIGURES: dict[str, collections.Counter[str]] = {}
+
+
+def figure(promise: str, **counts: int) -> None:
+    """Add to the figures that are shown when all tests have run."""
+    FIGURES.setdefault(promise, collections.Counter()).update(
+        {name.replace("_", " "): count for name, count in counts.items()}
+    )
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _show_figures(request: pytest.FixtureRequest) -> Iterator[None]:
+    yield
+    with request.config.pluginmanager.getplugin("capturemanager").global_and_fixture_disabled():
+        for promise, counts in FIGURES.items():
+            figures = ", ".join(f"{count:,} {name}" for name, count in counts.items())
+            print(f"\n{promise}: {figures}", end="")
+
+
+# --- a place where hundreds of queues are made and broken ---------------------------------------------
+
+SHM = Path("/dev/shm")
+LONG_MS = 10**12  # a lease that never runs out: what comes back is judged dead
+HOUR_US = 3_600_000_000
+
+
+@pytest.fixture
+def scratch(tmp_path: Path) -> Iterator[Path]:
+    """An empty directory, in memory where that can be had."""
+    if not (SHM.is_dir() and os.access(SHM, os.W_OK)):
+        yield tmp_path
+        return
+    path = Path(tempfile.mkdtemp(prefix="femtoqueue-test-", dir=SHM))
+    yield path
+    shutil.rmtree(path)
+
+
+HOOKED = (
+    *("open", "read", "write", "close", "fsync", "fstat", "lseek", "posix_fadvise", "stat", "lstat"),
+    *("rename", "link", "unlink", "mkdir", "rmdir", "scandir"),
+)
+REAL = {name: getattr(os, name) for name in HOOKED}
+
+
+class Steps:
+    """Counts the filesystem calls of a block; from call `at` on, `meet` stands in for them."""
+
+    def __init__(self, at: int, meet: Callable[..., Any], once: bool = True) -> None:
+        self.at = at
+        self.meet = meet
+        self.once = once
+        self.count = 0
+        self.met = ""
+
+    def __enter__(self) -> Steps:
+        for name in HOOKED:
+            setattr(os, name, functools.partial(self._step, name))
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for name, call in REAL.items():
+            setattr(os, name, call)
+
+    def _step(self, name: str, *args: Any, **kwargs: Any) -> Any:
+        self.count += 1
+        if self.count == self.at or (self.count > self.at and not self.once):
+            self.met = self.met or name
+            return self.meet(name, *args, **kwargs)
+        return REAL[name](*args, **kwargs)
+
+
+def kill_now(name: str, *args: object, **kwargs: object) -> None:
+    """Die as by `kill -9`."""
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+EMPTIED = "old-node"  # once its tasks are taken over, an empty directory is anybody's
+
+
+def look(directory: Path) -> dict[bytes, list[str]]:
+    """What lies where, read without femtoqueue: payload -> "delivered n", "later n", "done" ...
+
+    n is the attempt that the next delivery will be.
+    """
+    found: dict[bytes, list[str]] = {}
+    for state in STATES:
+        for folder, _, names in os.walk(directory / state):
+            for name in names:
+                used = int((name.split("~") + ["0"])[1])
+                word = {"pending": "delivered", "in_progress": "delivered", "scheduled": "later"}.get(
+                    state
+                )
+                payload = Path(folder, name).read_bytes()
+                payload = payload[24:] if payload.startswith(b"\x01" + bytes(7)) else payload
+                found.setdefault(payload, []).append(f"{word} {used + 1}" if word else state)
+    return found
+
+
+def audit(directory: Path, clock: Time, allowed: dict[bytes, set[str]]) -> None:
+    """Open the queue anew, empty it, and compare each payload's fate with what is `allowed`."""
+    clock.advance(10 * 86_400)  # all that is scheduled is due, no lease runs out
+    queue = FemtoQueue(directory, "a", LONG_MS, keep_done=False)
+    there = look(directory)
+    fates = {payload: states[0] for payload, states in there.items()}
+    assert all(len(states) == 1 for states in there.values()), f"visible twice: {there}"
+    order = []
+    while task := queue.pop():
+        order.append(task.id)
+        word = fates.get(task.data, "nothing").split()[0]
+        assert word in ("delivered", "later"), f"{task.data!r} was {word}, and delivered"
+        fates[task.data] = f"{word} {task.attempt}"
+        queue.done(task)
+    assert order == sorted(order), "not in the order of their ids"
+    fates.update((payload, states[0]) for payload, states in look(directory).items())
+    for payload in {*fates, *allowed}:
+        fate = fates.get(payload, "gone")
+        assert fate in allowed.get(payload, {"gone"}), f"{payload!r} is {fate}: {allowed.get(payload)}"
+    live = [state for state in fates.values() if state.split()[0] in ("delivered", "later")]
+    assert len(order) == len(live), "some could not be delivered"
+    clock.advance(2_000)
+    assert queue.pop() is None
+    queue.close()
+    for state in ("creating", "pending", "scheduled", "in_progress"):
+        assert os.listdir(directory / state) == [], f"left over in {state}/"
+    other = {name for name in os.listdir(directory) if not name.startswith("clock-")}
+    assert other - {EMPTIED} == {*STATES, "creating"}, f"left over: {other}"
+
+
+# --- the calls that are killed and failed at every step -----------------------------------------------
+
+# Payload -> what becomes of it in a world in which nothing more happens.
+WORLD = {
+    b"claimed": "delivered 2",
+    b"finished": "done",
+    b"failed": "failed",
+    b"first": "delivered 1",
+    b"second": "delivered 1",
+    b"later": "later 1",
+}
+
+
+def source_of(directory: Path, elsewhere: bool = False) -> Path:
+    """The file that push_file takes; `elsewhere`: on another filesystem, where there are two."""
+    if elsewhere:
+        return Path(tempfile.gettempdir(), f"{directory.parent.name}-{directory.name}-source")
+    return directory.with_name(f"{directory.name}-source")
+
+
+def clear(directory: Path) -> None:
+    shutil.rmtree(directory)
+    for elsewhere in (False, True):
+        source_of(directory, elsewhere).unlink(missing_ok=True)
+
+
+class Stage:
+    """A queue with a task in each state, and the call that a case is about."""
+
+    def __init__(self, case: Case, directory: Path, durable: bool, clock: Time) -> None:
+        self.directory = directory
+        self.durable = durable
+        self.clock = clock
+        self.source = source_of(directory)
+        self.kept: list[FemtoQueue] = []
+        self.tasks: dict[bytes, FemtoTask] = {}
+        self.ids: dict[bytes, str] = {}
+        self.results: list[Any] = []
+        self.pushed = 0  # of NEW
+        if case.world:
+            self.queue = self.open(**case.options)
+            for payload in (b"claimed", b"finished", b"failed", b"first", b"second"):
+                self.ids[payload] = self.queue.push(payload)
+            self.ids[b"later"] = self.queue.schedule(b"later", self.in_us(HOUR_US))
+            for payload in (b"claimed", b"finished", b"failed"):
+                self.tasks[payload] = self.pop()
+            self.queue.done(self.tasks[b"finished"])
+            self.queue.fail(self.tasks[b"failed"])
+        self.act = case.prepare(self)
+
+    def drop(self) -> None:
+        """Let go of all queue objects: from here on their owners are dead."""
+        self.kept.clear()
+        self.queue = None  # type: ignore[assignment]
+
+    def open(self, lease_ms: float = LONG_MS, **options: Any) -> FemtoQueue:
+        return FemtoQueue(self.directory, "a", lease_ms, self.durable, **options)
+
+    def in_us(self, us: int) -> int:
+        return int(self.clock.wall * 1e6) + us
+
+    def pop(self) -> FemtoTask:
+        task = self.queue.pop()
+        assert task is not None, "pop said None while tasks are pending"
+        return task
+
+    def pop_first(self) -> None:
+        """The call of all cases about pop."""
+        task = self.pop()
+        self.results.append((task.data, task.attempt))
+
+
+@dataclasses.dataclass
+class Case:
+    prepare: Callable[[Stage], Callable[[], object]]
+    changes: dict[bytes, tuple[str, str]]
+    world: bool
+    undone: bool  # after an error, everything is as it was before the call
+    options: dict[str, Any]
+
+    def before(self) -> dict[bytes, str]:
+        return (WORLD if self.world else {}) | {name: was for name, (was, _) in self.changes.items()}
+
+    def after(self) -> dict[bytes, str]:
+        return (WORLD if self.world else {}) | {name: now for name, (_, now) in self.changes.items()}
+
+    def allowed(
+        self, returned: bool, undone: bool = False, disordered: bool = False
+    ) -> dict[bytes, set[str]]:
+        before, after = self.before(), self.after()
+        fates = {}
+        for payload in after:
+            fates[payload] = {before[payload] if undone else after[payload]}
+            if not (returned or undone):
+                fates[payload].add(before[payload])
+            if disordered:
+                fates[payload] |= {before[payload], before[payload].replace("1", "2")}
+        return fates
+
+
+CASES: dict[str, Case] = {}
+
+
+def case(
+    changes: dict[bytes, tuple[str, str]], world: bool = True, undone: bool = False, **options: Any
+) -> Callable[[Callable[[Stage], Callable[[], object]]], None]:
+    """Add a case: a function that prepares it and returns the call to be killed or failed."""
+
+    def add(prepare: Callable[[Stage], Callable[[], object]]) -> None:
+        CASES[prepare.__name__.removeprefix("case_")] = Case(prepare, changes, world, undone, options)
+
+    return add
+
+
+PUSHED = {b"new": ("gone", "delivered 1")}
+FIRST_POPPED = {b"first": ("delivered 1", "delivered 2")}
+
+
+@case({}, world=False)
+def case_construction(stage: Stage) -> Callable[[], object]:
+    return lambda: stage.open() and None
+
+
+@case(
+    {b"original": ("delivered 1", "delivered 1"), b"claimed": ("delivered 1", "delivered 1")},
+    world=False,
+)
+def case_construction_on_an_original(stage: Stage) -> Callable[[], object]:
+    # Pending, and in progress, in a directory of version 0.4; kept as files without a header here.
+    for folder, payload in (("pending", b"original"), (EMPTIED, b"claimed")):
+        (stage.directory / folder).mkdir(parents=True)
+        header = b"\x01" + bytes(7) + hashlib.md5(payload).digest()
+        name = f"{int(stage.clock.wall * 1e6):016d}_{EMPTIED}_00{len(folder):02d}"
+        (stage.directory / folder / name).write_bytes(header + payload)
+    return lambda: stage.open() and None
+
+
+@case(PUSHED, undone=True)
+def case_push(stage: Stage) -> Callable[[], object]:
+    return lambda: stage.queue.push(b"new")
+
+
+@case(PUSHED, undone=True)
+def case_push_into_a_new_bucket(stage: Stage) -> Callable[[], object]:
+    stage.clock.advance(5_000)
+    return lambda: stage.queue.push(b"new")
+
+
+NEW = [b"new 0", b"new 1", b"new 2"]
+
+
+@case({payload: ("gone", "delivered 1") for payload in NEW})
+def case_push_many(stage: Stage) -> Callable[[], object]:
+    return lambda: stage.queue.push_many(NEW[stage.pushed :])
+
+
+@case(PUSHED, undone=True)
+def case_push_file(stage: Stage) -> Callable[[], object]:
+    stage.source.write_bytes(b"new")
+    return lambda: stage.queue.push_file(stage.source)
+
+
+@case(PUSHED, undone=True)
+def case_push_file_move(stage: Stage) -> Callable[[], object]:
+    stage.source.write_bytes(b"new")
+    return lambda: stage.queue.push_file(stage.source, move=True)
+
+
+@case(PUSHED)
+def case_push_file_move_from_elsewhere(stage: Stage) -> Callable[[], object]:
+    stage.source = source_of(stage.directory, elsewhere=True)
+    stage.source.write_bytes(b"new")
+    return lambda: stage.queue.push_file(stage.source, move=True)
+
+
+@case({b"new": ("gone", "later 1")}, undone=True)
+def case_schedule(stage: Stage) -> Callable[[], object]:
+    due_us = stage.in_us(2 * HOUR_US)
+    return lambda: stage.queue.schedule(b"new", due_us)
+
+
+@case(FIRST_POPPED, undone=True)
+def case_pop(stage: Stage) -> Callable[[], object]:
+    return stage.pop_first
+
+
+@case(FIRST_POPPED, undone=True)
+def case_pop_of_a_new_object(stage: Stage) -> Callable[[], object]:
+    stage.kept.append(stage.queue)
+    stage.queue = stage.open()
+    return stage.pop_first
+
+
+@case({b"claimed": ("delivered 2", "delivered 3")})
+def case_pop_from_the_dead(stage: Stage) -> Callable[[], object]:
+    stage.queue = stage.open()  # nothing else holds the object that claimed
+    return stage.pop_first
+
+
+@case({b"first": ("delivered 2", "delivered 3")})
+def case_pop_from_the_hung(stage: Stage) -> Callable[[], object]:
+    stage.kept.append(stage.open(lease_ms=1))
+    stage.kept[0].pop()
+    stage.clock.advance(2)
+    return stage.pop_first
+
+
+@case({b"first": ("delivered 1", "delivered 2"), b"later": ("later 1", "delivered 1")})
+def case_pop_when_one_fell_due(stage: Stage) -> Callable[[], object]:
+    stage.clock.advance(3_700)
+    return stage.pop_first
+
+
+@case(FIRST_POPPED | {b"far": ("later 1", "later 1")})
+def case_pop_moves_closer(stage: Stage) -> Callable[[], object]:
+    begin_s = stage.clock.wall // 100 * 100 + 3_000  # of a bucket that is 100 s long
+    stage.queue.schedule(b"far", int((begin_s + 80) * 1e6))
+    stage.clock.advance(begin_s + 20 - stage.clock.wall)
+    return stage.pop_first
+
+
+BROKEN = {b"first": ("gone", "gone"), b"broken": ("delivered 1", "corrupt")}
+
+
+@case(BROKEN | {b"second": ("delivered 1", "delivered 2")})
+def case_pop_meets_a_broken_one(stage: Stage) -> Callable[[], object]:
+    next(stage.directory.glob(f"pending/*/{stage.ids[b'first']}")).write_bytes(b"broken")
+    return stage.pop_first
+
+
+@case({b"first": ("delivered 2", "failed"), b"second": ("delivered 1", "delivered 2")})
+def case_pop_buries(stage: Stage) -> Callable[[], object]:
+    stage.queue.retry(stage.pop())
+    stage.kept.append(stage.queue)
+    stage.queue = stage.open(max_attempts=1)
+    return stage.pop_first
+
+
+@case({b"claimed": ("delivered 2", "done")})
+def case_done(stage: Stage) -> Callable[[], object]:
+    return lambda: stage.queue.done(stage.tasks[b"claimed"])
+
+
+@case({b"claimed": ("delivered 2", "gone"), b"finished": ("gone", "gone")}, keep_done=False)
+def case_done_and_not_kept(stage: Stage) -> Callable[[], object]:
+    return lambda: stage.queue.done(stage.tasks[b"claimed"])
+
+
+@case({b"claimed": ("delivered 2", "failed")})
+def case_fail(stage: Stage) -> Callable[[], object]:
+    return lambda: stage.queue.fail(stage.tasks[b"claimed"])
+
+
+@case({})
+def case_retry(stage: Stage) -> Callable[[], object]:
+    return lambda: stage.queue.retry(stage.tasks[b"claimed"])
+
+
+@case({b"first": ("done", "done"), b"second": ("done", "done")})
+def case_retry_into_a_removed_bucket(stage: Stage) -> Callable[[], object]:
+    for _ in range(2):
+        stage.queue.done(stage.pop())
+    stage.clock.advance(10)
+    assert stage.queue.pop() is None
+    return lambda: stage.queue.retry(stage.tasks[b"claimed"])
+
+
+@case({b"claimed": ("delivered 2", "later 2")})
+def case_retry_later(stage: Stage) -> Callable[[], object]:
+    return lambda: stage.queue.retry(stage.tasks[b"claimed"], 3_600_000)
+
+
+@case({b"claimed": ("delivered 2", "failed")}, max_attempts=1)
+def case_retry_for_the_last_time(stage: Stage) -> Callable[[], object]:
+    return lambda: stage.queue.retry(stage.tasks[b"claimed"])
+
+
+@case({})
+def case_touch(stage: Stage) -> Callable[[], object]:
+    return lambda: stage.queue.touch(stage.tasks[b"claimed"])
+
+
+@case({b"failed": ("failed", "delivered 1")})
+def case_requeue(stage: Stage) -> Callable[[], object]:
+    return lambda: stage.results.append(stage.queue.requeue(stage.ids[b"failed"]))
+
+
+@case({b"first": ("delivered 1", "gone")})
+def case_cancel(stage: Stage) -> Callable[[], object]:
+    return lambda: stage.results.append(stage.queue.cancel(stage.ids[b"first"]))
+
+
+@case({b"later": ("later 1", "gone")})
+def case_cancel_scheduled(stage: Stage) -> Callable[[], object]:
+    return lambda: stage.results.append(stage.queue.cancel(stage.ids[b"later"]))
+
+
+@case({b"finished": ("done", "gone")})
+def case_purge(stage: Stage) -> Callable[[], object]:
+    stage.clock.wall = max(5e9, stage.clock.wall)  # file times are not ours to patch
+    return lambda: stage.queue.purge("done", 0)
+
+
+@case({})
+def case_close(stage: Stage) -> Callable[[], object]:
+    return stage.queue.close
+
+
+def in_child(work: Callable[[], object]) -> tuple[int, str]:
+    """Do `work` in a forked process; return its wait status and, if it raised, the traceback."""
+    read_end, write_end = os.pipe()
+    pid = os.fork()
+    if not pid:
+        status = 1
+        try:
+            work()
+            status = 0
+        except BaseException:
+            os.write(write_end, traceback.format_exc().encode())
+        finally:
+            os._exit(status)
+    os.close(write_end)
+    with open(read_end) as pipe:
+        text = pipe.read()
+    return os.waitpid(pid, 0)[1], text
+
+
+both = pytest.mark.parametrize("durable", [False, True], ids=["fast", "durable"])
+each_case = pytest.mark.parametrize("name", list(CASES))
+
+
+def check_source(name: str, directory: Path, returned: bool, error: bool = False) -> None:
+    """A file that is moved is where it was, or it is a task; a file that is copied stays."""
+    source = source_of(directory, "elsewhere" in name)
+    if not name.startswith("push_file"):
+        return
+    there = (source.exists(), b"new" in look(directory))
+    if error or (returned and "move" in name):
+        assert sum(there) == 1, f"the file is there, the task is there: {there}"
+    else:
+        assert any(there) and (source.exists() or "move" in name)
+
+
+@both
+@each_case
+def test_killed_before_every_filesystem_call(
+    name: str, durable: bool, scratch: Path, clock: Time
+) -> None:
+    """A crash at any instruction loses nothing, breaks nothing, shows nothing twice, leaves nothing."""
+    case = CASES[name]
+    for at in itertools.count(1):
+        directory = scratch / str(at)
+
+        def work(at: int = at, directory: Path = directory) -> None:
+            stage = Stage(case, directory, durable, clock)
+            with Steps(at, kill_now):
+                stage.act()
+
+        status, error = in_child(work)
+        returned = status == 0
+        assert returned or os.WTERMSIG(status) == signal.SIGKILL, error
+        check_source(name, directory, returned)
+        audit(directory, clock, case.allowed(returned))
+        clear(directory)
+        if returned:
+            break
+    assert at > 1
+    figure("killed at every step", calls=1, kill_points=at - 1)
+
+
+# --- failing at every step ----------------------------------------------------------------------------
+
+ERRORS = ("ENOSPC", "EIO", "EMFILE", "EACCES", "EROFS", "ESTALE", "EINTR")
+# What each call can answer; the rest answers all of ERRORS.
+ERRORS_OF = {
+    "read": ("EIO", "ESTALE"),
+    "write": ("ENOSPC", "EIO", "ESTALE"),
+    "close": ("EIO", "ENOSPC"),
+    "fsync": ("EIO", "ENOSPC", "EROFS", "ESTALE"),
+    "fstat": ("EIO", "ESTALE"),
+    "lseek": ("EIO",),
+    "posix_fadvise": ("EIO",),
+    "stat": ("EIO", "EACCES", "ESTALE"),
+    "lstat": ("EIO", "EACCES", "ESTALE"),
+    "scandir": ("EIO", "EMFILE", "EACCES", "ESTALE", "EINTR"),
+}
+LOSABLE = ("rename", "link", "unlink", "fsync", "mkdir", "write", "scandir")
+
+
+class HalfListing:
+    """A directory listing that breaks off."""
+
+    def __init__(self, directory: str, code: int) -> None:
+        self.entries = REAL["scandir"](directory)
+        self.error = (code, os.strerror(code), directory)
+
+    def __enter__(self) -> Iterator[os.DirEntry[str]]:
+        yield from itertools.islice(self.entries, 1)
+        raise OSError(*self.error)
+
+    def __exit__(self, *exception: object) -> None:
+        self.entries.close()
+
+
+def fail_with(code: int, performed: bool, name: str, *args: Any, **kwargs: Any) -> Any:
+    """Raise OSError instead of a call, or `performed`: although the call was made, perhaps in part."""
+    if name == "close":
+        REAL["close"](*args)  # the descriptor is gone, whatever it answers
+    elif performed and name == "write":
+        REAL["write"](args[0], args[1][: len(args[1]) // 2])
+    elif performed and name == "scandir":
+        return HalfListing(args[0], code)
+    elif performed and name in LOSABLE:
+        REAL[name](*args, **kwargs)
+    # In no variable: with its traceback, that would be a cycle that keeps the queue object alive.
+    raise OSError(code, os.strerror(code), str(args[0]))
+
+
+def steps_of(case: Case, directory: Path, durable: bool, clock: Time) -> list[str]:
+    """The names of the filesystem calls that a case makes when all goes well."""
+    names: list[str] = []
+
+    def note(name: str, *args: Any, **kwargs: Any) -> Any:
+        names.append(name)
+        return REAL[name](*args, **kwargs)
+
+    stage = Stage(case, directory, durable, clock)
+    with Steps(1, note, once=False):
+        stage.act()
+    clear(directory)
+    return names
+
+
+def check_at_once(stage: Stage, allowed: dict[bytes, set[str]], error: bool) -> None:
+    """What is there right after a call: each task whole, once, and where it may be."""
+    there = look(stage.directory)
+    stage.pushed = sum(item in there for item in NEW)
+    assert all(item in there for item in NEW[: stage.pushed]), "not the first ones of push_many"
+    assert not (error and stage.durable and stage.pushed), "a durable push_many that raised is undone"
+    for payload, states in there.items():
+        assert len(states) == 1, f"{payload!r} is visible {len(states)} times: {states}"
+        assert states[0] in allowed.get(payload, ()), (
+            f"{payload!r} is {states[0]}: {allowed.get(payload)}"
+        )
+
+
+def run_with_fault(stage: Stage, case: Case, name: str, steps: Steps, disordered: bool = False) -> None:
+    """Make a case's call with a fault, and if it raised once more without.
+
+    `disordered`: pop may have taken another task than the first.
+    """
+    descriptors = len(os.listdir("/proc/self/fd"))
+    error = False
+    with steps:
+        try:
+            stage.act()
+        except OSError:
+            error = True
+    if case.world:
+        check_at_once(stage, case.allowed(not error, error and case.undone, disordered), error)
+    if error:
+        check_source(name, stage.directory, returned=False, error=True)
+    if error and (stage.source.exists() or not name.startswith("push_file")):
+        stage.act()
+    assert len(os.listdir("/proc/self/fd")) == descriptors, "a file was left open"
+    assert error or all(stage.results), "it said that there is nothing"
+    stage.drop()
+    audit(stage.directory, stage.clock, case.allowed(True, disordered=disordered))
+
+
+@both
+@each_case
+def test_failing_at_every_filesystem_call(name: str, durable: bool, scratch: Path, clock: Time) -> None:
+    """A call raises OSError or succeeds, never in between; made again, it works, without a restart."""
+    case = CASES[name]
+    failures = []
+    count = 0
+    for at, step in enumerate(steps_of(case, scratch / "plain", durable, clock), 1):
+        errors = ERRORS_OF.get(step, ERRORS)
+        if durable:  # what differs from the above is where it fails, not how
+            errors = tuple({"EIO", "ESTALE", errors[at % len(errors)]} & {*errors})
+        for error in errors:
+            for performed in (False, True)[: 1 + (step in LOSABLE)]:
+                directory = scratch / str(count)
+                meet = functools.partial(fail_with, getattr(errno, error), performed)
+                if name.startswith("cancel") and performed and (step, error) == ("unlink", "ESTALE"):
+                    continue  # that another process was quicker looks just the same
+                # ESTALE to a claim means, as ENOENT does, that somebody else was quicker.
+                disordered = name.startswith("pop") and (step, error) == ("rename", "ESTALE")
+                try:
+                    stage = Stage(case, directory, durable, clock)
+                    run_with_fault(stage, case, name, Steps(at, meet), disordered)
+                except Exception as problem:
+                    how = "after" if performed else "instead of"
+                    what = f"{type(problem).__name__}: {problem}".partition("\n")[0]
+                    failures.append(f"{error} {how} call {at}, {step}: {what}")
+                clear(directory)
+                count += 1
+    assert not failures, "\n".join([f"{len(failures)} of {count} faults:", *failures])
+    figure("failing at every step", calls=1, faults=count)
+
+
+# --- power cuts ---------------------------------------------------------------------------------------
+
+
+class Node:
+    """A file or directory on the simulated disk."""
+
+    def __init__(self, is_directory: bool = False) -> None:
+        self.is_directory = is_directory
+        self.content = b""
+        self.durable = -1  # the operation that synced it last, when a log is replayed
+        self.entries: dict[
+            str, tuple[Node, int]
+        ] = {}  # name -> node, and the operation that put it there
+        self.emptied_by: list[int] = []
+
+
+@dataclasses.dataclass
+class Operation:
+    """One change: `removed` from and `added` to directories, whole or not at all."""
+
+    removed: tuple[Node, str] | None = None
+    added: tuple[Node, str, Node] | None = None
+    needs: tuple[int, ...] = ()  # what must have happened for this to be possible
+    synced: Node | None = None
+    written: tuple[Node, bytes] | None = None
+    fates: tuple[bytes, frozenset[str]] | None = None
+
+
+class Disk:
+    """Records what a workload does to the filesystem below `base`, to replay it up to a power cut.
+
+    Certain is what was fsynced: a file's content, a directory's entries. Any other change of a directory
+    may have reached the disk or not, each for itself; a rename happens as a whole. What lies in a
+    directory whose own entry is not there is lost with it.
+    """
+
+    def __init__(self, base: Path) -> None:
+        self.base = str(base)
+        self.root = Node(is_directory=True)
+        self.log: list[Operation] = []
+        self.open: dict[int, Node] = {}
+
+    def place(self, path: str) -> tuple[Node, str]:
+        *folders, name = os.path.relpath(path, self.base).split("/")
+        node = self.root
+        for folder in folders:
+            node = node.entries[folder][0]
+        return node, name
+
+    def fate(self, payload: bytes, *fates: str) -> None:
+        """From here on, this is what may have become of a task after a power cut."""
+        self.log.append(Operation(fates=(payload, frozenset(fates))))
+
+    def note(self, name: str, *args: Any, **kwargs: Any) -> Any:
+        """Stands in for a filesystem call: makes it, and if it worked, records it."""
+        existed = name == "open" and os.path.lexists(args[0])
+        result = REAL[name](*args, **kwargs)
+        record = getattr(self, f"_{name}", None)
+        if record and name == "open":
+            record(result, existed, *args)
+        elif record:
+            record(*args)
+        return result
+
+    def _change(
+        self, removed: tuple[Node, str] | None = None, added: tuple[Node, str, Node] | None = None
+    ) -> None:
+        needs = []
+        if removed:
+            node, put_by = removed[0].entries.pop(removed[1])
+            needs = [put_by, *node.emptied_by]
+            removed[0].emptied_by.append(len(self.log))
+        if added:
+            added[0].entries[added[1]] = (added[2], len(self.log))
+        self.log.append(Operation(removed, added, tuple(i for i in needs if i >= 0)))
+
+    def _open(self, descriptor: int, existed: bool, path: str, *rest: object) -> None:
+        if path == self.base:
+            self.open[descriptor] = self.root
+        elif path.startswith(self.base):
+            folder, name = self.place(path)
+            if not existed:
+                self._change(added=(folder, name, Node()))
+            self.open[descriptor] = folder.entries[name][0]
+
+    def _write(self, descriptor: int, data: bytes) -> None:
+        if node := self.open.get(descriptor):
+            node.content += bytes(data)
+            self.log.append(Operation(written=(node, node.content)))
+
+    def _fsync(self, descriptor: int) -> None:
+        self.log.append(Operation(synced=self.open[descriptor]))
+
+    def _close(self, descriptor: int) -> None:
+        self.open.pop(descriptor, None)
+
+    def _mkdir(self, path: str, *rest: object) -> None:
+        self._change(added=(*self.place(path), Node(is_directory=True)))
+
+    def _rename(self, source: str, target: str) -> None:
+        removed = self.place(source)
+        self._change(removed, (*self.place(target), removed[0].entries[removed[1]][0]))
+
+    def _link(self, source: str, target: str) -> None:
+        folder, name = self.place(source)
+        self._change(added=(*self.place(target), folder.entries[name][0]))
+
+    def _unlink(self, path: str) -> None:
+        self._change(self.place(path))
+
+    _rmdir = _unlink
+
+    def uncertain(self, end: int) -> list[int]:
+        """The changes among the first `end` operations that no fsync made certain."""
+        synced: set[Node] = set()
+        needed: set[int] = set()  # by something that is certain
+        found = []
+        for i in reversed(range(end)):
+            operation = self.log[i]
+            if operation.synced:
+                synced.add(operation.synced)
+            places = [place[0] for place in (operation.removed, operation.added) if place]
+            if i in needed or synced.intersection(places):
+                needed.update(operation.needs)
+            elif places:
+                found.append(i)
+        return found
+
+    def image(self, end: int, missing: set[int], torn: bool, half: bool) -> dict[str, bytes]:
+        """The files on disk after a cut behind `end` operations, of which those `missing` never got there.
+
+        `torn`: what was written but not synced is not there either. `half`: as on btrfs, a rename whose
+        new directory alone was synced leaves the old name too.
+        """
+        missing = set(missing)
+        for i in range(end):  # what builds on something that is missing is missing as well
+            if missing.intersection(self.log[i].needs):
+                missing.add(i)
+        tree: dict[Node, dict[str, Node]] = collections.defaultdict(dict)
+        synced_at: dict[Node, int] = {}
+        synced: dict[Node, bytes] = {}
+        written: dict[Node, bytes] = {}
+        renames = []
+        for i, operation in enumerate(self.log[:end]):
+            if operation.written:
+                written[operation.written[0]] = operation.written[1]
+            if operation.synced:
+                synced_at[operation.synced] = i
+                synced[operation.synced] = written.get(operation.synced, b"")
+            if i in missing:
+                continue
+            if operation.removed:
+                tree[operation.removed[0]].pop(operation.removed[1])
+            if operation.added:
+                tree[operation.added[0]][operation.added[1]] = operation.added[2]
+            if operation.removed and operation.added:
+                renames.append((i, operation.removed, operation.added))
+        for i, (old, old_name), (new, new_name, node) in renames if half else ():
+            if synced_at.get(old, -1) < i < synced_at.get(new, -1) and tree[new].get(new_name) is node:
+                tree[old][old_name] = node
+        found = {}
+        todo = [("", self.root)]
+        while todo:
+            path, node = todo.pop()
+            for name, child in tree[node].items():
+                if child.is_directory:
+                    todo.append((f"{path}{name}/", child))
+                else:
+                    found[path + name] = (synced if torn else written).get(child, b"")
+        return found
+
+
+class PowerCutWorkload:
+    """Does everything that a durable queue can do, and says to `disk` what it was promised."""
+
+    def __init__(self, disk: Disk, directory: Path, clock: Time) -> None:
+        self.disk = disk
+        self.directory = directory
+        self.clock = clock
+        self.ids: dict[bytes, str] = {}
+        self.numbers = itertools.count()
+        self.queue = self.open()
+        disk.fate(b"clock", "clock")
+        self.run()
+
+    def open(self) -> FemtoQueue:
+        return FemtoQueue(self.directory, "a", LONG_MS, sync_after_write=True)
+
+    def promise(self, payload: bytes, before: str, after: str, call: Callable[[], Any]) -> Any:
+        """Make a call; when it has returned, nothing but `after` is possible."""
+        self.disk.fate(payload, before, after)
+        result = call()
+        self.disk.fate(payload, after)
+        return result
+
+    def push(self, count: int = 1) -> None:
+        for _ in range(count):
+            payload = b"task %d" % next(self.numbers)
+            call = functools.partial(self.queue.push, payload)
+            self.ids[payload] = self.promise(payload, "gone", "live", call)
+
+    def push_many(self, count: int) -> None:
+        payloads = [b"task %d" % next(self.numbers) for _ in range(count)]
+        for payload in payloads:
+            self.disk.fate(payload, "gone", "live")
+        self.ids.update(zip(payloads, self.queue.push_many(payloads), strict=True))
+        for payload in payloads:
+            self.disk.fate(payload, "live")
+
+    def schedule(self, after_s: float) -> bytes:
+        payload = b"task %d" % next(self.numbers)
+        due_us = int((self.clock.wall + after_s) * 1e6)
+        call = functools.partial(self.queue.schedule, payload, due_us)
+        self.ids[payload] = self.promise(payload, "gone", "live", call)
+        return payload
+
+    def move(self) -> None:
+        payload = b"task %d" % next(self.numbers)
+        self.disk.fate(payload, "gone", "source")
+        source = self.disk.base + "/source"
+        descriptor = os.open(source, os.O_WRONLY | os.O_CREAT, 0o666)
+        os.write(descriptor, payload)
+        os.fsync(descriptor)
+        os.close(descriptor)
+        descriptor = os.open(self.disk.base, os.O_RDONLY)
+        os.fsync(descriptor)
+        os.close(descriptor)
+        call = functools.partial(self.queue.push_file, source, move=True)
+        self.ids[payload] = self.promise(payload, "source", "live", call)
+
+    def pop(self) -> FemtoTask:
+        task = self.queue.pop()
+        assert task is not None
+        return task
+
+    def done(self, task: FemtoTask) -> None:
+        self.promise(task.data, "live", "done", lambda: self.queue.done(task))
+
+    def work(self, count: int) -> None:
+        for _ in range(count):
+            self.done(self.pop())
+
+    def run(self) -> None:
+        self.push(11)
+        self.work(2)
+        later = self.schedule(60), self.schedule(60), self.schedule(3_600)
+        self.push_many(7)
+        self.move()
+        self.move()
+        failed = self.pop()
+        self.promise(failed.data, "live", "failed", lambda: self.queue.fail(failed))
+        self.queue.retry(self.pop())
+        self.queue.retry(self.pop(), 30_000)
+        held, other = self.pop(), self.pop()
+        self.queue.touch(held)
+        self.work(1)
+        self.done(other)
+        self.clock.advance(31)
+        self.work(1)
+        self.clock.advance(31)  # two fell due
+        self.work(3)
+        self.promise(failed.data, "failed", "live", lambda: self.queue.requeue(failed.id))
+        self.promise(later[2], "live", "gone", lambda: self.queue.cancel(self.ids[later[2]]))
+        victim = next(self.queue.ids("pending"))
+        payload = next(data for data, id in self.ids.items() if id == victim)
+        self.promise(payload, "live", "gone", lambda: self.queue.cancel(victim))
+        self.push(3)
+        self.done(held)
+        held = self.pop()
+        self.queue = self.open()  # what the first one held is taken back
+        self.work(4)
+        self.clock.advance(2_000)
+        while task := self.queue.pop():
+            self.done(task)
+        self.clock.advance(10)
+        assert self.queue.pop() is None  # buckets are removed
+        self.push(2)
+        self.promise(held.data, "done", "live", lambda: self.queue.requeue(held.id))
+        self.pop()
+        self.queue.close()
+
+
+def place_of(path: str, queue: str) -> str:
+    """What a file in an image of the disk is: "live", "done", "source" ..."""
+    if not path.startswith(queue):
+        return path
+    state = path[len(queue) :].split("/")[0]
+    return {"pending": "live", "scheduled": "live", "in_progress": "live"}.get(
+        state, state.split("-")[0]
+    )
+
+
+def check_image(
+    image: dict[str, bytes], fates: dict[bytes, frozenset[str]], queue: str, half: bool
+) -> None:
+    """Each task is whole, and where it may be; of a call that did not return, perhaps at both places."""
+    found: dict[bytes, list[str]] = {}
+    for path, content in image.items():
+        place = place_of(path, queue)
+        if place == "clock":
+            assert b"clock" not in fates or content.endswith(b"\n"), "the clock file is broken"
+            found[b"clock"] = ["clock"]
+        elif place != "creating" and (place != "source" or content):
+            assert content in fates, f"{path} holds {content!r}"
+            found.setdefault(content, []).append(place)
+    for payload, possible in fates.items():
+        places = found.get(payload, ["gone"])
+        assert {*places} <= possible, f"{payload!r} is {places}, not {set(possible)}"
+        # With half renames it may be at both, before the call that renames it has returned.
+        assert half or len(places) == 1, f"{payload!r} is at both places: {places}"
+
+
+def reopen_image(
+    image: dict[str, bytes], fates: dict[bytes, frozenset[str]], queue: str, place: Path, clock: Time
+) -> None:
+    """Put an image of the disk on a disk, and work on it."""
+    for path, content in image.items():
+        (place / path).parent.mkdir(parents=True, exist_ok=True)
+        (place / path).write_bytes(content)
+    clock.advance(10**6)
+    reopened = FemtoQueue(place / queue, "a", LONG_MS, keep_done=False)
+    delivered = []
+    while task := reopened.pop():
+        delivered.append(task.data)
+        reopened.done(task)
+    for payload, possible in fates.items():
+        if possible == {"live"}:
+            assert delivered.count(payload) == 1, (
+                f"{payload!r} is delivered {delivered.count(payload)} times"
+            )
+        assert "live" in possible or payload not in delivered, f"{payload!r} is delivered again"
+    shutil.rmtree(place)
+
+
+@pytest.mark.parametrize("half", [False, True], ids=["whole renames", "half renames"])
+def test_power_cut_after_every_operation(
+    half: bool, scratch: Path, clock: Time, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With sync_after_write, what returned survives a power cut at any point, `done` included."""
+    monkeypatch.setattr(femtoqueue, "_BUCKET_TASKS", 5)
+    disk = Disk(scratch)
+    directory = scratch / "nested" / "twice"
+    queue = "nested/twice/"
+    with Steps(1, disk.note, once=False):
+        PowerCutWorkload(disk, directory, clock)
+    chance = random.Random(5)
+    fates: dict[bytes, frozenset[str]] = {}
+    problems: dict[str, int] = {}  # and after which operation it was first seen
+    images = reopened = 0
+    for end in range(len(disk.log) + 1):
+        uncertain = disk.uncertain(end)
+        choices = [set(uncertain), set(), {i for i in uncertain if chance.random() < 0.5}]
+        if uncertain:
+            one = chance.choice(uncertain)
+            choices += [{one}, {*uncertain} - {one}]
+        for missing in choices:
+            images += 1
+            image = disk.image(end, missing, images % 2 == 0, half)
+            try:
+                check_image(image, fates, queue, half)
+                if images % 20 == 0:
+                    reopen_image(image, fates, queue, scratch / f"cut {images}", clock)
+                    reopened += 1
+            except AssertionError as problem:
+                problems.setdefault(str(problem).partition("\n")[0], end)
+        if end < len(disk.log) and (fate := disk.log[end].fates):
+            fates[fate[0]] = fate[1]
+    assert not problems, "\n".join(f"after operation {end}: {what}" for what, end in problems.items())
+    figure("power cuts", operations=len(disk.log), images=images, of_which_reopened=reopened)
+
+
+# --- many processes, many kills -----------------------------------------------------------------------
+
+
+def spawn_proof(work: Callable[[], object]) -> int:
+    """Do `work` in a forked process, with an exit status of 1 if it raised."""
+    pid = os.fork()
+    if not pid:
+        status = 1
+        try:
+            work()
+            status = 0
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(status)
+    return pid
+
+
+class Journal:
+    """What a process says about itself before it is killed: one line in one write."""
+
+    def __init__(self, path: Path) -> None:
+        self.descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+
+    def __call__(self, *words: object) -> None:
+        os.write(self.descriptor, (" ".join(map(str, words)) + "\n").encode())
+
+
+class Crowd:
+    """Producers and workers on one queue, some of which are killed or stopped now and then."""
+
+    LEASE_MS = 300
+    PRODUCERS, WORKERS = 2, 4
+
+    def __init__(self, directory: Path, chance: random.Random) -> None:
+        self.directory = directory
+        self.chance = chance
+        self.journal = directory.with_name("journal")
+        self.no_more = directory.with_name("no-more")
+        self.roles: dict[int, Callable[[int], None]] = {}  # PID -> what it is
+        self.stopped: dict[int, float] = {}  # PID -> when it shall go on
+        self.disturbed: set[int] = set()
+        self.kills = self.stops = self.started = 0
+        FemtoQueue(directory, "parent").close()
+
+    def produce(self, number: int) -> None:
+        queue = FemtoQueue(self.directory, f"producer-{number}", maxsize=200)
+        say = Journal(self.journal)
+        for i in itertools.count():
+            if self.no_more.exists():
+                return
+            say("try", f"{number}.{i}")
+            while True:
+                try:
+                    queue.push(f"{number}.{i}".encode())
+                    break
+                except Full:
+                    time.sleep(0.002)
+            say("acknowledged", f"{number}.{i}")
+
+    def consume(self, number: int) -> None:
+        queue = FemtoQueue(self.directory, "worker", self.LEASE_MS)
+        say = Journal(self.journal)
+        while (task := queue.pop(timeout=0.2)) or not self.no_more.exists():
+            if task:
+                say("got", task.data.decode(), task.attempt, os.getpid())
+                time.sleep(0.0005)
+                try:
+                    queue.done(task)
+                    say("done", task.data.decode(), task.attempt)
+                except NotInProgress:
+                    say("robbed", task.data.decode(), task.attempt, os.getpid())
+
+    def start(self, role: Callable[[int], None]) -> None:
+        self.started += 1
+        self.roles[spawn_proof(functools.partial(role, self.started))] = role
+
+    def kill(self, pid: int) -> None:
+        os.kill(pid, signal.SIGKILL)
+        assert os.WTERMSIG(os.waitpid(pid, 0)[1]) == signal.SIGKILL, "it had ended by itself"
+        self.disturbed.add(pid)
+        self.stopped.pop(pid, None)
+        self.kills += 1
+        self.start(self.roles.pop(pid))
+
+    def run(self, seconds: float) -> None:
+        for role, count in ((self.produce, self.PRODUCERS), (self.consume, self.WORKERS)):
+            for _ in range(count):
+                self.start(role)
+        end = time.monotonic() + seconds
+        while (now := time.monotonic()) < end:
+            for pid in [pid for pid, until in self.stopped.items() if until <= now]:
+                os.kill(pid, signal.SIGCONT)
+                del self.stopped[pid]
+            pid = self.chance.choice(sorted(self.roles))
+            if self.chance.random() < 0.6:
+                self.kill(pid)
+            elif pid not in self.stopped and len(self.stopped) < 3:
+                os.kill(pid, signal.SIGSTOP)
+                self.disturbed.add(pid)
+                self.stopped[pid] = now + self.chance.uniform(0.2, 6) * self.LEASE_MS / 1_000
+                self.stops += 1
+            time.sleep(self.chance.uniform(0.02, 0.12))
+        for pid in self.stopped:
+            os.kill(pid, signal.SIGCONT)
+        self.no_more.touch()
+        for pid in self.roles:
+            assert os.waitpid(pid, 0)[1] == 0, "a process that was not killed failed"
+
+
+def test_many_processes_many_kills(scratch: Path) -> None:
+    """Nothing acknowledged is lost, nothing is invented, and only a kill or a stop makes a duplicate."""
+    crowd = Crowd(scratch / "queue", random.Random(7))
+    crowd.run(seconds=7)
+    queue = FemtoQueue(crowd.directory, "worker")
+    say = Journal(crowd.journal)
+    while task := queue.pop():
+        say("got", task.data.decode(), task.attempt, os.getpid())
+        queue.done(task)
+        say("done", task.data.decode(), task.attempt)
+    assert not any(queue.counts()[state] for state in STATES if state != "done")
+
+    lines = [line.split() for line in crowd.journal.read_text().splitlines()]
+    words = {kind: [line[1:] for line in lines if line[0] == kind] for kind in ("try", "acknowledged")}
+    tried = {name for (name,) in words["try"]}
+    acknowledged = {name for (name,) in words["acknowledged"]}
+    got: dict[str, dict[int, int]] = {}  # name -> attempt -> PID
+    finished: dict[str, int] = {}
+    for kind, name, *rest in lines:
+        if kind == "got":
+            attempt, pid = map(int, rest)
+            assert attempt not in got.setdefault(name, {}), "one attempt was delivered twice"
+            got[name][attempt] = pid
+        elif kind == "done":
+            assert name not in finished, "done twice"
+            finished[name] = int(rest[0])
+    duplicated = {name for name, attempts in got.items() if len(attempts) > 1}
+    figure(
+        "many processes",
+        processes=crowd.started,
+        kills=crowd.kills,
+        stops=crowd.stops,
+        tasks_acknowledged=len(acknowledged),
+        delivered=len(got),
+        lost=len(acknowledged - {*got}),
+        unexpected=len({*got} - tried),
+        duplicated=len(duplicated),
+    )
+    assert acknowledged <= {*got}, "lost"
+    assert {*got} <= tried, "unexpected"
+    assert queue.counts()["done"] == len(got)
+    for name, attempts in got.items():
+        last = finished.get(name, max(attempts))
+        assert last == max(attempts), f"{name} was delivered after it was done"
+        for attempt in sorted(attempts)[:-1]:
+            assert attempts[attempt] in crowd.disturbed, f"{name} was taken from an undisturbed worker"
+    assert len(acknowledged) > 1_000
+    assert duplicated
+    assert crowd.kills > 10
+    assert crowd.stops > 10
+
+
+# --- a plain model ------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass
+class Expected:
+    """What the model knows of a task."""
+
+    payload: bytes
+    state: str
+    used: int = 0  # deliveries
+    due_s: float = 0
+    owner: int | None = None  # which queue object's claim it is; None: an owner that is gone
+    deadline_s: float = 0
+
+
+class Model(RuleBasedStateMachine):
+    """Three queue objects on one directory do as a plain list of tasks says, whatever happens."""
+
+    LEASE_S = 30
+    COUNT = 3
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patch = pytest.MonkeyPatch()
+        self.clock = Time()
+        self.patch.setattr(time, "time", lambda: self.clock.wall)
+        self.patch.setattr(time, "monotonic", lambda: self.clock.boot)
+        self.patch.setattr(time, "sleep", self.clock.advance)
+        self.directory = Path(tempfile.mkdtemp(dir=SHM if SHM.is_dir() else None))
+        self.queues: list[FemtoQueue | None] = [self.new_queue() for _ in range(self.COUNT)]
+        self.tasks: dict[str, Expected] = {}
+        self.claims: dict[str, list[FemtoTask]] = {}  # every delivery there ever was
+        self.pushes: list[str] = []
+        figure("model", runs=1)
+
+    def teardown(self) -> None:
+        self.drain()
+        self.queues.clear()
+        self.patch.undo()
+        shutil.rmtree(self.directory)
+
+    def new_queue(self) -> FemtoQueue:
+        return FemtoQueue(self.directory, "a", self.LEASE_S * 1_000)
+
+    def queue(self, number: int) -> FemtoQueue:
+        queue = self.queues[number]
+        assert queue is not None
+        return queue
+
+    def in_state(self, *states: str) -> list[str]:
+        return sorted(id for id, task in self.tasks.items() if task.state in states)
+
+    def come_back(self) -> None:
+        """What a pop that looks brings back: due and abandoned tasks."""
+        for task in self.tasks.values():
+            gone = task.owner is None or task.deadline_s < self.clock.boot
+            if (task.state == "scheduled" and task.due_s <= self.clock.wall) or (
+                task.state == "in_progress" and gone
+            ):
+                task.state = "pending"
+
+    numbers = st.integers(0, COUNT - 1)
+    choice = st.randoms(use_true_random=False)
+
+    @rule(number=numbers, sizes=st.lists(st.sampled_from([0, 10, 70_000]), min_size=1, max_size=4))
+    def push(self, number: int, sizes: list[int]) -> None:
+        for size in sizes:
+            payload = b"%d " % len(self.tasks) + b"x" * size
+            id = self.queue(number).push(payload)
+            assert id not in self.tasks
+            assert all(id > other for other in self.pushes[-1:]), "not in the order of the pushes"
+            self.pushes.append(id)
+            self.tasks[id] = Expected(payload, "pending")
+
+    @rule(number=numbers, delay_s=st.sampled_from([-5, 0, 0.5, 20, 20, 900, 90_000]))
+    def schedule(self, number: int, delay_s: float) -> None:
+        payload = b"%d" % len(self.tasks)
+        due_us = int((self.clock.wall + delay_s) * 1e6)
+        id = self.queue(number).schedule(payload, due_us)
+        assert id not in self.tasks
+        self.tasks[id] = Expected(payload, "scheduled", due_s=due_us / 1e6)
+
+    @rule(numbers=st.lists(numbers, min_size=1, max_size=4))
+    def pop(self, numbers: list[int]) -> None:
+        for number in numbers:
+            self.pop_one(number)
+
+    def pop_one(self, number: int) -> None:
+        self.clock.advance(1.1)  # from then on a pop looks for what is to come back
+        self.come_back()
+        task = self.queue(number).pop()
+        pending = self.in_state("pending")
+        assert (task and task.id) == (pending[0] if pending else None), "not the oldest"
+        if task:
+            expected = self.tasks[task.id]
+            expected.state = "in_progress"
+            expected.used += 1
+            expected.owner = number
+            expected.deadline_s = self.clock.boot + self.LEASE_S
+            assert (task.data, task.attempt) == (expected.payload, expected.used)
+            self.claims.setdefault(task.id, []).append(task)
+            figure("model", deliveries=1)
+
+    def finish(self, choice: random.Random, call: str, *arguments: object) -> Expected | None:
+        """Call a queue with some delivery; return the task if the claim was still valid, as it must be."""
+        if not self.claims:
+            return None
+        id = choice.choice(sorted(self.claims))
+        task = choice.choice(self.claims[id][-2:])
+        expected = self.tasks[id]
+        valid = expected.state == "in_progress" and task.attempt == expected.used
+        queue = self.queue(choice.randrange(self.COUNT))
+        if valid:
+            getattr(queue, call)(task, *arguments)
+            return expected
+        with pytest.raises(NotInProgress):
+            getattr(queue, call)(task, *arguments)
+        return None
+
+    @rule(choice=choice)
+    def done(self, choice: random.Random) -> None:
+        if expected := self.finish(choice, "done"):
+            expected.state = "done"
+
+    @rule(choice=choice)
+    def fail(self, choice: random.Random) -> None:
+        if expected := self.finish(choice, "fail"):
+            expected.state = "failed"
+
+    @rule(choice=choice)
+    def retry(self, choice: random.Random) -> None:
+        if expected := self.finish(choice, "retry"):
+            expected.state = "pending"
+
+    @rule(choice=choice, delay_s=st.sampled_from([0.001, 5, 4_000]))
+    def retry_later(self, choice: random.Random, delay_s: float) -> None:
+        if expected := self.finish(choice, "retry", delay_s * 1_000):
+            expected.state = "scheduled"
+            expected.due_s = self.clock.wall + delay_s
+
+    @rule(choice=choice)
+    def touch(self, choice: random.Random) -> None:
+        if expected := self.finish(choice, "touch"):
+            expected.deadline_s = self.clock.boot + self.LEASE_S
+
+    @precondition(lambda self: self.tasks)
+    @rule(choice=choice, number=numbers)
+    def cancel(self, choice: random.Random, number: int) -> None:
+        id = choice.choice(sorted(self.tasks))
+        waiting = self.tasks[id].state in ("pending", "scheduled")
+        assert self.queue(number).cancel(id) == waiting
+        if waiting:
+            self.tasks[id].state = "cancelled"
+
+    @precondition(lambda self: self.tasks)
+    @rule(choice=choice, number=numbers)
+    def requeue(self, choice: random.Random, number: int) -> None:
+        id = choice.choice(sorted(self.tasks))
+        finished = self.tasks[id].state in ("done", "failed")
+        assert self.queue(number).requeue(id) == finished
+        if finished:
+            self.tasks[id].state = "pending"
+            self.tasks[id].used = 0
+            self.claims.pop(id, None)  # its attempts are counted anew
+
+    @rule(number=numbers, how=st.sampled_from(["dropped", "killed", "closed", "elsewhere"]))
+    def crash(self, number: int, how: str) -> None:
+        queue = self.queue(number)
+        if how == "closed":
+            queue.close()
+        owners = self.directory / "in_progress"
+        # As if it had been a process that is gone, or one on another machine.
+        was = getattr(queue, "_owner")
+        node, pid, start, place, token = was.split("~")
+        other = f"{node}~{2**22 + 1}~{start}~{place}~{token}"
+        if how == "elsewhere":
+            other = f"b~{pid}~{start}~elsewhere~{token}"
+        if how in ("killed", "elsewhere") and (owners / was).exists():
+            (owners / was).rename(owners / other)
+        for id, task in self.tasks.items():
+            if task.state == "in_progress" and task.owner == number:
+                task.state = "pending" if how == "closed" else task.state
+                task.owner = self.COUNT if how == "elsewhere" else None
+                if how in ("killed", "elsewhere"):
+                    self.claims.pop(id)  # nobody is there who could finish it
+        del queue
+        self.queues[number] = None
+        self.queues[number] = self.new_queue()
+
+    @rule(seconds=st.sampled_from([0.3, 8, 31, 3_000, 100_000]))
+    def wait(self, seconds: float) -> None:
+        self.clock.advance(seconds)
+
+    @rule(seconds=st.sampled_from([-3_000, -1, 0.001, 50, 100_000]))
+    def set_wall_clock(self, seconds: float) -> None:
+        self.clock.step_wall(seconds)
+
+    @invariant()
+    def states_are_as_expected(self) -> None:
+        queue = self.queue(len(self.tasks) % self.COUNT)
+        counts = collections.Counter(task.state for task in self.tasks.values())
+        assert queue.counts() == {state: counts[state] for state in STATES}
+        for id, task in self.tasks.items():
+            assert queue.status(id) == (None if task.state == "cancelled" else task.state)
+        for state in ("pending", "in_progress", "done", "failed"):
+            assert list(queue.ids(state)) == self.in_state(state)
+        figure("model", steps=1)
+
+    def drain(self) -> None:
+        """At the end everything that was not finished is delivered once more, in order."""
+        self.clock.advance(10**6)
+        for task in self.tasks.values():
+            task.due_s, task.deadline_s = 0, 0
+        self.come_back()
+        queue = self.queue(0)
+        left = []
+        while task := queue.pop():
+            left.append(task.id)
+            queue.done(task)
+        assert left == self.in_state("pending")
+
+
+TestModel = Model.TestCase
+TestModel.settings = settings(
+    max_examples=60,
+    stateful_step_count=40,
+    deadline=None,
+    derandomize=True,
+    database=None,
+    suppress_health_check=list(HealthCheck),
+)
+
+
+# --- hostile directories ------------------------------------------------------------------------------
+
+NAMES = (
+    "{time}_node_0123456789ab{n:06x}.01234567",
+    "{time}_node_0123456789ab{n:06x}.01234567~{n}",
+    "{time}_node_0123456789ab{n:06x}.01234567~1~{time}",
+    "{time}_shell-{n}",
+    "{time}_shell-{n}~1",
+    "{time}_shell-{n}~1~{time}",
+    "{time}",
+    "node~999999999~{n}~place~token",
+    "node~{n}~1~elsewhere~token~{time}",
+    "clock-{n}",
+    ".DS_Store-{n}",
+    ".nfs{time}{n}",
+)
+ALPHABET = [*"~._/0 a\n\t\x7f", "\N{ARABIC-INDIC DIGIT THREE}", "\udcff", "\u2028", "~1", "x" * 200]
+KINDS = (
+    "file",
+    "file",
+    "file",
+    "directory",
+    "full directory",
+    "link",
+    "directory link",
+    "dangling",
+    "fifo",
+)
+PLACES = (
+    *("", "creating", "pending", "pending/{bucket}", "scheduled", "scheduled/{bucket}"),
+    *("in_progress", "in_progress/node~999999999~1~place~token", *("done", "failed", "corrupt")),
+)
+
+
+@st.composite
+def near_names(draw: st.DrawFn) -> str:
+    """A name by our grammar, or with a few characters put in or left out."""
+    us = draw(st.sampled_from([0, 1, 10**15, 1_799_999_999_000_000, 1_800_000_000_000_000, 10**16 - 1]))
+    name = draw(st.sampled_from(NAMES)).format(time=f"{us:016d}", n=draw(st.integers(0, 99_999)))
+    for _ in range(draw(st.sampled_from([0, 0, 1, 1, 2, 3]))):
+        at = draw(st.integers(0, len(name)))
+        name = name[:at] + draw(st.sampled_from(["", *ALPHABET])) + name[at + draw(st.integers(0, 2)) :]
+    name = name.replace("/", "").strip() or "_"
+    return name if len(os.fsencode(name)) <= 255 and name not in (".", "..") else "too-long"
+
+
+objects = st.lists(
+    st.tuples(st.sampled_from(PLACES), near_names(), st.sampled_from(KINDS)), min_size=8, max_size=40
+)
+
+
+def is_ours(place: str, name: str, kind: str) -> bool:
+    """May the queue move or delete this? Written apart from femtoqueue's own parser."""
+    folder = place.split("/")[0]
+    owner = r"[^~/]+~[0-9]+~[^~/]+~[^~/]+~[^~/]+"
+    if kind == "directory":  # an empty one
+        pattern = {"pending": "[0-9]{16}", "scheduled": "[0-9]{16}", "in_progress": owner}.get(place)
+        return pattern is not None and re.fullmatch(pattern, name, re.ASCII) is not None
+    if kind != "file" or place in ("", "in_progress"):
+        return False
+    if folder == "creating":
+        return re.match(owner + "~[0-9]{16}", name, re.ASCII) is not None
+    id = re.fullmatch(r"([0-9]{16}_[^~]*)(~[0-9]{1,9}(~[0-9]{16})?)?", name, re.ASCII | re.DOTALL)
+    return id is not None and name.isprintable() and len(os.fsencode(id[1])) <= 220
+
+
+def make_object(path: Path, kind: str, outside: Path) -> None:
+    if kind == "file":
+        path.write_bytes(b"hostile")
+    elif kind.endswith("directory"):
+        path.mkdir()
+        if kind == "full directory":
+            (path / "0000000000000001_inside").write_bytes(b"hostile")
+    elif kind == "fifo":
+        os.mkfifo(path)
+    else:
+        path.symlink_to(outside / {"link": "file", "directory link": "", "dangling": "none"}[kind])
+
+
+def snapshot_proof(path: Path) -> tuple[int, int, int]:
+    info = os.lstat(path)
+    return info.st_ino, info.st_mode, info.st_nlink
+
+
+@given(objects=objects, reboot=st.booleans())
+@settings(
+    max_examples=200,
+    deadline=None,
+    derandomize=True,
+    database=None,
+    suppress_health_check=list(HealthCheck),
+)
+def test_hostile_directories(objects: list[tuple[str, str, str]], reboot: bool) -> None:
+    """Whatever lies about: nothing raises, blocks, is followed, is lost, or is deleted."""
+    with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory(dir=SHM) as scratch:
+        clock = Time()
+        patch.setattr(time, "time", lambda: clock.wall)
+        patch.setattr(time, "monotonic", lambda: clock.boot)
+        check_among_hostile_objects(Path(scratch), clock, objects, reboot)
+
+
+def check_among_hostile_objects(
+    scratch: Path, clock: Time, objects: list[tuple[str, str, str]], reboot: bool
+) -> None:
+    directory, outside = scratch / "queue", scratch / "outside"
+    outside.mkdir()
+    inside = outside / "0000000000000001_outside"
+    for path in (outside / "file", inside):
+        path.write_bytes(b"followed")
+    queue = FemtoQueue(directory, "a", LONG_MS)
+    real = {queue.push(payload): payload for payload in (b"claimed", b"done", b"failed", b"first")}
+    queue.pop()
+    for finish in (queue.done, queue.fail):
+        task = queue.pop()
+        assert task
+        finish(task)
+    done, failed = list(real)[1:3]
+    del queue, finish  # what it claimed first is abandoned
+    queue = FemtoQueue(directory, "a", LONG_MS)
+    real[queue.schedule(b"due", int((clock.wall + 5) * 1e6))] = b"due"
+    clock.advance(10)
+
+    made: dict[Path, tuple[str, str, str]] = {}
+    bucket = os.listdir(directory / "pending")[0]
+    for place, name, kind in objects:
+        folder = directory / place.format(bucket=bucket)
+        folder.mkdir(parents=True, exist_ok=True)
+        if not os.path.lexists(folder / name):
+            make_object(folder / name, kind, outside)
+            made[folder / name] = (place, name, kind)
+    theirs = {path: snapshot_proof(path) for path, what in made.items() if not is_ours(*what)}
+    if reboot:
+        del queue
+        for path in directory.glob(f"clock-{femtoqueue._identity().boot}"):
+            path.unlink()
+        queue = FemtoQueue(directory, "a", LONG_MS)
+
+    signal.signal(signal.SIGALRM, lambda number, frame: pytest.fail("it blocks"))
+    signal.alarm(20)
+    counts = queue.counts()
+    assert counts == {state: len(list(queue.ids(state))) for state in STATES}
+    for path in made:
+        assert queue.status(os.path.basename(path)) in (None, *STATES)
+    for id in real:
+        assert queue.status(id)
+    got = []
+    for _ in range(len(made) + 9):
+        clock.advance(1.5)
+        if task := queue.pop():
+            if task.id in real:
+                assert task.data == real[task.id]
+                got.append(task.id)
+            else:
+                assert task.data == b"hostile"
+                assert made, "invented"
+            queue.done(task)
+    assert sorted(got) == sorted({*real} - {done, failed})
+    assert queue.status(done) == "done"
+    assert queue.status(failed) == "failed"
+    clock.advance(3_000)
+    assert queue.pop() is None
+    for path in made:
+        assert queue.cancel(os.path.basename(path)) in (False, True)
+    for state in ("done", "failed", "corrupt"):
+        queue.purge(state, 0)
+    queue.close()
+    signal.alarm(0)
+    for path, before in theirs.items():
+        assert os.path.lexists(path), f"{made[path]} is gone"
+        assert snapshot_proof(path) == before, f"{made[path]} was changed"
+    assert inside.read_bytes() == (outside / "file").read_bytes() == b"followed"
+    assert len(os.listdir(outside)) == 2
+    figure("hostile directories", directories=1, objects=len(made), foreign=len(theirs))
+
+
+# ====================================================================================================
+# Several machines
+# ====================================================================================================
+
+__all__ = ["clock", "directory"]
+
+TOOLS = Path(os.environ.get("FEMTOQUEUE_GLUSTER", MODULE.parent.parent / "shared" / "tools"))
+OTHER_BOOT = "11111111-2222-3333-4444-555555555555\n"
+
+# sys.argv: role, data_dir, node_id, log, options of FemtoQueue; each role's own arguments behind them.
+# Events go to a log on a local disk, one write each, so that a kill cannot tear them.
+ACTOR = r"""
+role, root, node_id, log, options, *rest = sys.argv[1:]
+descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+
+def note(*fields):
+    os.write(descriptor, (" ".join(map(str, (time.monotonic(), *fields))) + "\n").encode())
+
+ahead_s = float(rest[2])
+real_time = time.time
+time.time = lambda: real_time() + ahead_s
+queue = FemtoQueue(root, node_id, **eval(options))
+print("ready", flush=True)
+sys.stdin.readline()
+if role == "produce":
+    for number in range(int(rest[0])):
+        payload = f"{node_id}-{os.getpid()}-{number:05d}"
+        note("try", payload)
+        try:
+            queue.push(payload.encode())
+            note("ack", payload)
+        except OSError as error:
+            note("error", node_id, repr(error))
+        time.sleep(float(rest[1]))
+while role == "work":
+    try:
+        task = queue.pop(timeout=0.2)
+        if task is None:
+            if os.path.exists(rest[0]):
+                break
+            continue
+        payload = task.data.decode()
+        note("got", payload, node_id)
+        time.sleep(float(rest[1]))
+        queue.done(task)
+        note("done", payload, node_id)
+    except NotInProgress:
+        note("lease-lost", payload)
+    except OSError as error:
+        note("error", node_id, repr(error))
+        time.sleep(0.1)
+"""
+
+
+def tool(name: str, base: Path, *arguments: str) -> str:
+    """Run one of the cluster's scripts; what it printed."""
+    command = [str(TOOLS / f"{name}-gluster.sh" if name != "fault" else TOOLS / "gluster-fault.sh")]
+    done = subprocess.run(
+        [*command, str(base), *arguments], check=False, capture_output=True, text=True, timeout=180
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def on_host(host: int, code: str, *arguments: object) -> subprocess.Popen[str]:
+    """Start a Python process on a host; the first argument of unshare's shell is the boot id's file."""
+    command = [sys.executable, "-c", PRELUDE + code, *map(str, arguments)]
+    if host > 1:
+        boot = Path(tempfile.gettempdir()) / f"femtoqueue-test-boot-{host}"
+        boot.write_text(OTHER_BOOT)
+        mount = 'mount --bind "$0" /proc/sys/kernel/random/boot_id && exec "$@"'
+        command = ["unshare", "-m", "sh", "-c", mount, str(boot), *command]
+    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+
+@pytest.fixture(scope="session")
+def gluster() -> Iterator[Path]:
+    """A GlusterFS of three servers, three copies and two hosts, mounted at host1 and host2 of this."""
+    if not (TOOLS / "start-gluster.sh").exists():
+        pytest.skip(f"several machines: no start-gluster.sh in {TOOLS}; set FEMTOQUEUE_GLUSTER")
+    if not hasattr(os, "geteuid") or os.geteuid() != 0:
+        pytest.skip("several machines: mounting GlusterFS needs root")
+    for program in ("glusterd", "glusterfs", "ip", "unshare", "nsenter"):
+        if shutil.which(program) is None:
+            pytest.skip(f"several machines: {program} is not installed (glusterfs-server, iproute2)")
+    base = Path(tempfile.mkdtemp(prefix="gq", dir="/tmp"))  # sockets need a short path
+    try:
+        tool("start", base)
+        yield base
+    finally:
+        tool("stop", base)
+        shutil.rmtree(base, ignore_errors=True)
+
+
+class Cluster:
+    """Producers and workers on two hosts of one queue, and the book that they keep."""
+
+    def __init__(self, base: Path, tmp_path: Path, lease_s: float = 30) -> None:
+        self.base = base
+        self.name = f"queue-{os.urandom(4).hex()}"
+        self.log = tmp_path / "log"
+        self.stop = tmp_path / "stop"
+        self.options = {"timeout_stale_ms": lease_s * 1_000}
+        self.actors: dict[subprocess.Popen[str], tuple[int, str]] = {}
+
+    def root(self, host: int) -> Path:
+        return self.base / f"host{host}" / self.name
+
+    def add(self, host: int, role: str, first: object, pause_s: float, ahead_s: float = 0) -> None:
+        node_id = f"h{host}"
+        arguments = (
+            role,
+            self.root(host),
+            node_id,
+            self.log,
+            self.options,
+            first,
+            pause_s,
+            ahead_s,
+        )
+        process = on_host(host, ACTOR, *arguments)
+        self.actors[process] = host, role
+        assert process.stdout and process.stdout.readline() == "ready\n"
+
+    def produce(self, host: int, count: int, pause_s: float = 0, ahead_s: float = 0) -> None:
+        self.add(host, "produce", count, pause_s, ahead_s)
+
+    def work(self, host: int, pause_s: float = 0, ahead_s: float = 0) -> None:
+        self.add(host, "work", self.stop, pause_s, ahead_s)
+
+    def go(self) -> None:
+        for process in self.actors:
+            assert process.stdin
+            process.stdin.write("\n")
+            process.stdin.flush()
+
+    def fault(self, *arguments: str) -> None:
+        """Break a part of the cluster, until the next test."""
+        (self.base / "broken").touch()
+        tool("fault", self.base, *arguments)
+
+    def kill(self, host: int) -> None:
+        """Kill a host: its client, and everything that runs there."""
+        self.fault("kill", f"h{host}")
+        for process in [p for p, (where, _) in self.actors.items() if where == host]:
+            process.kill()
+            process.wait()
+            del self.actors[process]
+
+    def events(self, kind: str) -> list[list[str]]:
+        lines = self.log.read_text().splitlines() if self.log.exists() else []
+        return [fields for fields in (line.split(" ", 3) for line in lines) if fields[1] == kind]
+
+    def wait_for(self, kind: str, count: int, timeout_s: float = 60) -> None:
+        """Wait until that many payloads have had this event."""
+        end_s = time.monotonic() + timeout_s
+        while len({fields[2] for fields in self.events(kind)}) < count:
+            if time.monotonic() > end_s:
+                errors = collections.Counter(" ".join(fields[2:]) for fields in self.events("error"))
+                pytest.fail(f"{len(self.events(kind))} of {count} {kind}; errors: {errors}")
+            time.sleep(0.05)
+
+    def finish(self) -> types.SimpleNamespace:
+        """Let the producers end, the queue run dry and the workers stop; count."""
+        for process, (_, role) in self.actors.items():
+            if role == "produce":
+                assert process.wait(60) == 0
+        self.wait_for("done", len(self.events("ack")))
+        self.stop.touch()
+        for process in self.actors:
+            assert process.wait(60) == 0
+        tried, acknowledged, delivered, done = (
+            [fields[2] for fields in self.events(kind)] for kind in ("try", "ack", "got", "done")
+        )
+        times = {
+            kind: [float(fields[0]) for fields in self.events(kind)] for kind in ("try", "ack", "done")
+        }
+        return types.SimpleNamespace(
+            acknowledged=len(acknowledged),
+            delivered=len(delivered),
+            lost=len(set(acknowledged) - set(delivered)),
+            unexpected=len(set(delivered) - set(tried)),
+            duplicated=len(delivered) - len(set(delivered)),
+            after_done=sum(count > 1 for count in collections.Counter(done).values()),
+            errors=[" ".join(fields[2:]) for fields in self.events("error")],
+            pushed_per_s=len(acknowledged) / (max(times["ack"]) - min(times["try"])),
+            finished_per_s=len(done) / (max(times["done"]) - min(times["try"])),
+        )
+
+    def close(self) -> None:
+        for process in self.actors:
+            process.kill()
+            process.wait()
+
+
+@pytest.fixture
+def cluster(gluster: Path, tmp_path: Path) -> Iterator[Callable[..., Cluster]]:
+    """Makes queues on the GlusterFS, repaired if it was broken; ends what was started on them."""
+    made: list[Cluster] = []
+
+    def make(lease_s: float = 30) -> Cluster:
+        if (gluster / "broken").exists():
+            tool("start", gluster)
+            (gluster / "broken").unlink()
+        made.append(Cluster(gluster, tmp_path, lease_s))
+        return made[-1]
+
+    yield make
+    for queue in made:
+        queue.close()
+
+
+def report(title: str, count: types.SimpleNamespace) -> None:
+    shown = {key: value for key, value in vars(count).items() if key != "errors"}
+    text = ", ".join(f"{key} {value:.0f}" for key, value in shown.items())
+    print(f"{title}: {text}, errors {len(count.errors)}")
+
+
+class TestGlusterFS:
+    def test_undisturbed(self, cluster: Callable[..., Cluster]) -> None:
+        """Two producers and four workers on two hosts: each task delivered, and exactly once."""
+        queue = cluster()
+        for host in (1, 2):
+            queue.produce(host, 150)
+            queue.work(host)
+            queue.work(host)
+        queue.go()
+        count = queue.finish()
+        report("GlusterFS, 2 hosts, 3 copies", count)
+        assert count.errors == []
+        assert count.acknowledged == count.delivered == 300
+        assert count.lost == count.unexpected == count.duplicated == 0
+        assert {fields[3] for fields in queue.events("got")} == {"h1", "h2"}
+
+    def test_a_slow_stream_keeps_the_copies_together(
+        self, cluster: Callable[..., Cluster], gluster: Path
+    ) -> None:
+        """Buckets that are always empty are not removed and remade by two hosts at a time.
+
+        Each push then races with a removal: some fail, and `pending/` itself ends in a split brain.
+        """
+        queue = cluster()
+        for host in (1, 2):
+            queue.produce(host, 200, 0.02)
+            queue.work(host)
+        queue.go()
+        count = queue.finish()
+        report("GlusterFS, slow stream", count)
+        assert count.errors == []
+        assert count.acknowledged == count.delivered == 400
+        assert "split-brain" not in tool("fault", gluster, "heal", "s1")
+        assert os.listdir(queue.root(1) / "pending") == os.listdir(queue.root(2) / "pending")
+
+    def test_a_node_comes_back_elsewhere(self, cluster: Callable[..., Cluster]) -> None:
+        """What my node_id claimed on a host that is gone is mine at the first pop; others wait."""
+        queue = cluster()
+        code = "queue = FemtoQueue(sys.argv[1], 'mover', 3_600_000)\n"
+        code += "queue.push(b'x'); print(queue.pop().id, flush=True); time.sleep(600)"
+        process = on_host(2, code, queue.root(2))
+        assert process.stdout
+        id = process.stdout.readline().strip()
+        process.kill()
+        process.wait()
+        with FemtoQueue(queue.root(1), "another", 3_600_000) as other:
+            assert other.pop(timeout=1.5) is None
+            begun_s = time.monotonic()
+            with FemtoQueue(queue.root(1), "mover", 3_600_000) as mover:
+                task = mover.pop()
+                print(f"GlusterFS, own task back after {time.monotonic() - begun_s:.2f} s")
+                assert task and task.id == id and task.attempt == 2
+                mover.done(task)
+
+    def test_a_clock_is_ahead(self, cluster: Callable[..., Cluster]) -> None:
+        """One host's wall clock is an hour ahead: all is delivered once, each host's in its order."""
+        queue = cluster()
+        queue.produce(1, 40, 0.01)
+        queue.produce(2, 40, 0.01, ahead_s=3600)
+        queue.work(1)
+        queue.go()
+        count = queue.finish()
+        report("GlusterFS, a clock 1 h ahead", count)
+        assert count.errors == []
+        assert count.acknowledged == count.delivered == 80
+        for host in ("h1-", "h2-"):
+            payloads = [fields[2] for fields in queue.events("got") if fields[2].startswith(host)]
+            assert payloads == sorted(payloads)
+
+    def test_a_task_is_finished_on_another_host(self, cluster: Callable[..., Cluster]) -> None:
+        """A pickled task is read and finished where the directory is mounted under another path."""
+        queue = cluster()
+        first = FemtoQueue(queue.root(1), "h1")
+        second = FemtoQueue(queue.root(2), "h2")
+        for data in (b"x" * 2_000_000, b"y"):
+            first.push(data)
+            task = pickle.loads(pickle.dumps(first.pop()))
+            # Host 1's path would be there, as both hosts are this machine.
+            task.path = f"/mnt{task.path}"
+            assert len(data) > 1 or task.data == data  # a large one is read when it is asked for
+            second.done(task)
+            with pytest.raises(NotInProgress):
+                first.done(task)
+        assert second.counts()["done"] == 2
+
+    def test_a_host_dies(self, cluster: Callable[..., Cluster]) -> None:
+        """A host's client and its workers killed in mid-work: the other host finishes everything.
+
+        What the dead host had claimed comes back when its lease runs out, and is all that may be
+        delivered twice.
+        """
+        lease_s = 3
+        queue = cluster(lease_s)
+        for host in (1, 2):
+            queue.produce(host, 100)
+            queue.work(host, 0.05)
+            queue.work(host, 0.05)
+        queue.go()
+        queue.wait_for("done", 30)
+        queue.kill(1)
+        killed_s = time.monotonic()
+        count = queue.finish()
+        report("GlusterFS, a host killed", count)
+        in_hand = {f[2] for f in queue.events("got") if f[3] == "h1"}
+        in_hand -= {f[2] for f in queue.events("done") if f[3] == "h1"}
+        back_s = [
+            float(f[0]) - killed_s for f in queue.events("got") if f[3] == "h2" and f[2] in in_hand
+        ]
+        print(f"{len(in_hand)} in hand at the kill, back after {max(back_s, default=0):.1f} s")
+        assert [error for error in count.errors if not error.startswith("h1")] == []
+        assert count.lost == count.unexpected == 0
+        assert count.duplicated <= len(in_hand)
+        assert max(back_s, default=0) < lease_s + 5
+
+    def test_a_server_dies(self, cluster: Callable[..., Cluster]) -> None:
+        """One brick of three killed in mid-work: no call raises, no task is lost or comes twice."""
+        queue = cluster()
+        for host in (1, 2):
+            queue.produce(host, 80, 0.01)
+            queue.work(host)
+        queue.go()
+        queue.wait_for("done", 30)
+        queue.fault("kill", "s2")
+        count = queue.finish()
+        report("GlusterFS, a brick killed", count)
+        assert count.errors == []
+        assert count.acknowledged == count.delivered == 160
+        assert count.lost == count.unexpected == count.duplicated == 0
+
+
+class Lying:
+    """Stands in for a system call: done, and then answered with an error, as a lost answer is."""
+
+    def __init__(self, number: int, only: str) -> None:
+        self.real = os.rename
+        self.number = number
+        self.only = only
+        self.left = 1
+
+    def __call__(self, source: str, target: str) -> None:
+        self.real(source, target)
+        if self.left and self.only in target:
+            self.left -= 1
+            raise OSError(self.number, os.strerror(self.number), source, None, target)
+
+
+class TestAnswersThatAreLost:
+    @pytest.mark.parametrize("number", [errno.ENOENT, errno.ESTALE])
+    @pytest.mark.parametrize("call", ["push", "pop", "touch", "done", "fail", "retry"])
+    def test_done_but_answered_gone(
+        self, directory: Path, monkeypatch: pytest.MonkeyPatch, number: int, call: str
+    ) -> None:
+        """A rename that was done and answered ENOENT or ESTALE is recognised, in every call.
+
+        So it is when a request was sent twice: rename(2), BUGS. A claim is known by its unique name.
+        """
+        queue = FemtoQueue(directory, "a")
+        queue.push(b"warm")
+        queue.done(queue.pop())  # type: ignore[arg-type]
+        where = {
+            "push": "/pending/",
+            "pop": "/in_progress/",
+            "touch": "/in_progress/",
+            "retry": "/pending/",
+        }
+        lying = Lying(number, where.get(call, f"/{call}"))
+        if call == "push":
+            monkeypatch.setattr(os, "rename", lying)
+            id = queue.push(b"x")
+            task = queue.pop()
+        else:
+            id = queue.push(b"x")
+            if call == "pop":
+                monkeypatch.setattr(os, "rename", lying)
+            task = queue.pop()
+            monkeypatch.setattr(os, "rename", lying)
+        assert task and task.id == id and task.attempt == 1
+        if call not in ("push", "pop"):
+            getattr(queue, call)(task)
+        if call == "retry":
+            task = queue.pop()
+            assert task and task.id == id and task.attempt == 2
+        if call != "fail":
+            if call != "done":
+                queue.done(task)
+            assert queue.status(id) == "done"
+        else:
+            assert queue.status(id) == "failed"
+        assert lying.left == 0
+        assert queue.pop() is None
+        with pytest.raises(NotInProgress):
+            queue.done(task)
+
+    def test_a_claim_that_was_taken_while_we_slept(
+        self, directory: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """A worker stopped between claim and read for longer than its lease gets the next task."""
+        queue = FemtoQueue(directory, "a")
+        queue.push(b"taken")
+        queue.push(b"next")
+        real = os.open
+        away = directory / "elsewhere"
+
+        def late(path: str, *arguments: int, **options: int) -> int:
+            if "/in_progress/" in str(path) and not away.exists():
+                os.rename(path, away)
+            return real(path, *arguments, **options)
+
+        monkeypatch.setattr(os, "open", late)
+        task = queue.pop()
+        assert task and task.data == b"next"
+
+
+class TestWhatListingsShow:
+    def test_twice(self, directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """A directory that lists names twice changes no order, no count and no delivery."""
+        real = os.scandir
+
+        @contextlib.contextmanager
+        def twice(path: str) -> Iterator[Iterator[os.DirEntry[str]]]:
+            with real(path) as entries:
+                found = list(entries)
+            yield iter(found + found[::-1])
+
+        monkeypatch.setattr(os, "scandir", twice)
+        queue = FemtoQueue(directory, "a")
+        ids = [queue.push(b"%d" % number) for number in range(50)]
+        assert list(queue.ids("pending")) == ids
+        assert queue.counts()["pending"] == 50
+        tasks = [queue.pop() for _ in ids]
+        assert [task and task.id for task in tasks] == ids
+        assert queue.counts()["in_progress"] == 50
+        assert queue.pop() is None
+        for task in tasks:
+            queue.done(task)  # type: ignore[arg-type]
+        assert queue.counts() == {**dict.fromkeys(femtoqueue.STATES, 0), "done": 50}
+
+    @pytest.mark.parametrize("state", ["done", "failed"])
+    def test_a_finished_task_under_two_names(self, directory: Path, clock: Time, state: str) -> None:
+        """A finished task that healing gave its claim's name back does not come round for ever.
+
+        A rename onto another name of the same file does nothing, and says that all went well.
+        """
+        queue = FemtoQueue(directory, "a", timeout_stale_ms=1_000)
+        id = queue.push(b"x")
+        task = queue.pop()
+        assert task
+        os.link(task.path, directory / state / id)
+        for _ in range(5):
+            clock.advance(2)
+            assert queue.pop() is None
+        assert queue.status(id) == state
+        assert queue.counts() == {**dict.fromkeys(femtoqueue.STATES, 0), state: 1}
+
+    def test_a_slow_filesystem_is_left_alone(
+        self, directory: Path, clock: Time, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """A waiting worker looks for a tenth of the time at most, however slow a look is."""
+        queue = FemtoQueue(directory, "a")
+        real = os.scandir
+        spent_s = 0.0
+
+        def slow(path: str) -> object:
+            nonlocal spent_s
+            clock.advance(0.002)
+            spent_s += 0.002
+            return real(path)
+
+        monkeypatch.setattr(os, "scandir", slow)
+        assert queue.pop(timeout=10) is None
+        print(f"looking: {spent_s:.2f} of 10 s")
+        assert spent_s < 1.2
+
+
+# ====================================================================================================
+# Windows, packages, types
+# ====================================================================================================
+
+# --- Windows ------------------------------------------------------------------------------------------
+
+
+def become_windows(hard_links: bool) -> None:
+    """Take from this process what Windows lacks, and forbid what means another thing there.
+
+    Runs in a child process, before femtoqueue is imported. Paths stay POSIX paths: only what the
+    system calls do is told apart here.
+    """
+    import argparse  # noqa: F401  the standard library must not see what follows
+    import builtins
+    import datetime  # noqa: F401
+    import errno
+    import fcntl
+    import hashlib  # noqa: F401
+    import json  # noqa: F401
+    import logging
+    import os
+    import queue  # noqa: F401
+    import signal
+    import stat
+    import subprocess  # noqa: F401
+    import sys
+    import threading  # noqa: F401
+    import time
+
+    real: Any = type("Real", (), dict(vars(os)))
+    real_open, real_time, real_monotonic = builtins.open, time.time, time.monotonic
+    binary = 0x8000_0000  # O_BINARY, as a flag that Linux does not have
+    sharing_violation = 32
+
+    def error(number: int, path: object, winerror: int = 0) -> OSError:
+        problem = OSError(number, real.strerror(number), path)
+        problem.winerror = winerror  # type: ignore[attr-defined]
+        return problem
+
+    def check_name(path: object) -> None:
+        name = real.path.basename(real.fspath(path))
+        if set(name) & set('<>:"|?*\\') or not name.isprintable() or name[-1:] in (".", " "):
+            raise error(errno.EINVAL, path, 123)
+
+    def check_not_open(path: object) -> None:
+        """Here a file that somebody has open can be neither renamed nor deleted."""
+        try:
+            wanted = real.stat(path)
+        except OSError:
+            return
+        for number in real.listdir("/proc/self/fd"):
+            try:
+                found = real.fstat(int(number))
+            except OSError:
+                continue
+            if stat.S_ISREG(found.st_mode) and real.path.samestat(found, wanted):
+                raise error(errno.EACCES, path, sharing_violation)
+
+    def check_not_proc(path: object) -> None:
+        if str(path).startswith("/proc"):
+            raise error(errno.ENOENT, path, 3)
+
+    def os_open(path: Any, flags: int, mode: int = 0o777, **options: Any) -> int:
+        check_not_proc(path)
+        if flags & os.O_CREAT:
+            check_name(path)
+        assert flags & binary, f"{path} is opened as text: every newline would change"
+        if real.path.isdir(path):
+            raise error(errno.EACCES, path, 5)
+        descriptor: int = real.open(path, flags & ~binary, mode, **options)
+        return descriptor
+
+    def open_(file: Any, *arguments: Any, **options: Any) -> Any:
+        check_not_proc(file)
+        return real_open(file, *arguments, **options)
+
+    def fsync(descriptor: int) -> None:
+        if fcntl.fcntl(descriptor, fcntl.F_GETFL) & real.O_ACCMODE == real.O_RDONLY:
+            raise error(errno.EBADF, None)
+        real.fsync(descriptor)
+
+    def rename(source: Any, target: Any) -> None:
+        check_name(target)
+        check_not_open(source)
+        if real.path.lexists(source) and real.path.lexists(target):
+            raise error(errno.EEXIST, target, 183)
+        real.rename(source, target)
+
+    def replace(source: Any, target: Any) -> None:
+        check_name(target)
+        check_not_open(source)
+        check_not_open(target)
+        real.replace(source, target)
+
+    def unlink(path: Any) -> None:
+        check_not_open(path)
+        if real.path.isdir(path):
+            raise error(errno.EACCES, path, 5)
+        real.unlink(path)
+
+    def mkdir(path: Any, mode: int = 0o777) -> None:
+        check_name(path)
+        real.mkdir(path, mode)
+
+    def link(source: Any, target: Any) -> None:
+        if not hard_links:  # FAT, exFAT
+            raise error(errno.EINVAL, target, 1)
+        real.link(source, target)
+
+    def readlink(path: Any) -> str:
+        check_not_proc(path)
+        text: str = real.readlink(path)
+        return text
+
+    def kill(pid: int, number: int) -> None:
+        raise AssertionError("os.kill(pid, 0) ends a process there")
+
+    for name in (
+        *("O_NOFOLLOW", "O_NONBLOCK", "O_DIRECTORY", "O_CLOEXEC", "O_SYNC", "O_DSYNC", "O_NOATIME"),
+        *("O_PATH", "O_TMPFILE", "O_ASYNC", "O_DIRECT", "O_NOCTTY", "register_at_fork", "uname"),
+        *("posix_fadvise", "posix_fallocate", "POSIX_FADV_DONTNEED", "POSIX_FADV_WILLNEED"),
+        *("fork", "forkpty", "getuid", "geteuid", "getgid", "getegid", "getpgid", "getpgrp", "setsid"),
+        *("killpg", "chown", "fchown", "lchown", "mkfifo", "mknod", "pread", "pwrite", "sync"),
+        *("fdatasync", "statvfs", "fstatvfs", "sysconf", "sendfile", "copy_file_range", "splice"),
+        *("sched_yield", "sched_getaffinity", "nice", "pidfd_open", "eventfd", "memfd_create"),
+    ):
+        if hasattr(os, name):
+            delattr(os, name)
+    for name in ("SIGPIPE", "SIGKILL", "SIGHUP", "SIGALRM", "SIGUSR1", "SIGCHLD", "setitimer", "alarm"):
+        delattr(signal, name)
+    for name in ("fcntl", "pwd", "grp", "resource", "termios", "posix"):
+        sys.modules[name] = None  # type: ignore[assignment]
+    for module, name, value in (
+        (os, "name", "nt"),
+        (sys, "platform", "win32"),
+        (os, "O_BINARY", binary),
+        (os, "open", os_open),
+        (os, "fsync", fsync),
+        (os, "rename", rename),
+        (os, "replace", replace),
+        (os, "unlink", unlink),
+        (os, "remove", unlink),
+        (os, "mkdir", mkdir),
+        (os, "link", link),
+        (os, "readlink", readlink),
+        (os, "kill", kill),
+        (builtins, "open", open_),
+        # Before Python 3.13, both clocks tick 64 times a second.
+        (time, "time", lambda: int(real_time() * 64) / 64),
+        (time, "monotonic", lambda: int(real_monotonic() * 64) / 64),
+    ):
+        setattr(module, name, value)
+    logging.captureWarnings(False)
+
+
+def windows(code: str, *arguments: object, hard_links: bool = True, **options: Any) -> str:
+    """`run`, in a process that finds what Windows offers; what it logs is printed as well."""
+    lines = [
+        "from __future__ import annotations\nfrom typing import Any",
+        inspect.getsource(become_windows),
+        f"become_windows({hard_links})",
+        PRELUDE.rstrip(),
+        code,
+    ]
+    process = subprocess.run(
+        [sys.executable, "-c", "\n".join(lines), *map(str, arguments)],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=60,
+        check=False,
+        **options,
+    )
+    assert process.returncode == 0, process.stdout
+    return process.stdout
+
+
+needs_linux = pytest.mark.skipif(sys.platform != "linux", reason="Windows is played on Linux only")
+either_way = pytest.mark.parametrize("sync", [False, True])
+
+
+@needs_linux
+def test_windows_is_played_well(tmp_path: Path) -> None:
+    """What the tests below rely on: as on Windows, calls are missing, and calls fail."""
+    (tmp_path / "a").touch()
+    out = windows(
+        """
+def outcome(call, *arguments):
+    try:
+        return call(*arguments)
+    except (OSError, AttributeError, AssertionError, ImportError) as error:
+        return type(error).__name__
+
+os.chdir(sys.argv[1])
+with open("a") as file:
+    print(outcome(os.rename, "a", "b"), outcome(os.unlink, "a"), outcome(os.fsync, file.fileno()))
+os.rename("a", "b")
+open("a", "w").close()
+print(outcome(os.rename, "a", "b"), outcome(os.rename, "a", "a:b"), outcome(os.rename, "c", "b"))
+print(outcome(os.open, ".", os.O_RDONLY | os.O_BINARY), outcome(os.open, "a", os.O_RDONLY))
+print(outcome(os.kill, 1, 0), outcome(lambda: os.uname()), outcome(__import__, "fcntl"), os.name)
+""",
+        tmp_path,
+    )
+    assert out.split() == [
+        *("PermissionError", "PermissionError", "OSError"),
+        *("FileExistsError", "OSError", "FileNotFoundError"),
+        *("PermissionError", "AssertionError"),
+        *("AssertionError", "AttributeError", "ModuleNotFoundError", "nt"),
+    ]
+
+
+@needs_linux
+@either_way
+@pytest.mark.parametrize("hard_links", [True, False])
+def test_on_windows_tasks_go_in_and_out_in_order(directory: Path, sync: bool, hard_links: bool) -> None:
+    """On Windows the module imports and works: push, pop, done, fail, and first in, first out."""
+    out = windows(
+        r"""
+q = FemtoQueue(sys.argv[1], "node-1", sync_after_write=sys.argv[2] == "True")
+ids = [q.push(b"%d\r\n" % n) for n in range(50)] + q.push_many(b"%d\r\n" % n for n in range(50, 99))
+other = FemtoQueue(sys.argv[1], "node-2")
+ids.append(other.push(b"99\r\n"))
+got = []
+while task := q.pop():
+    got.append((task.id, task.data))
+    (q.fail if len(got) == 100 else q.done)(task)
+assert got == [(id, b"%d\r\n" % n) for n, id in enumerate(ids)], got
+assert [*q.ids("done")] == ids[:99]
+assert q.status(ids[99]) == "failed" and q.requeue(ids[99]) and q.cancel(ids[99])
+assert q.purge("done", 0) == 99
+print(sorted({*q.counts().values()}))
+""",
+        directory,
+        sync,
+        hard_links=hard_links,
+    )
+    assert out == "[0]\n"
+
+
+@needs_linux
+@either_way
+def test_on_windows_a_task_is_scheduled_retried_touched_and_given_back(
+    directory: Path, sync: bool
+) -> None:
+    """On Windows: schedule, retry now and later, touch, max_attempts, close and pickling work."""
+    out = windows(
+        """
+import pickle
+q = FemtoQueue(sys.argv[1], "node-1", sync_after_write=sys.argv[2] == "True", max_attempts=3)
+id = q.schedule(b"later", time.time_ns() // 1000 + 100_000)
+assert q.pop() is None
+task = q.pop(5)
+assert (task.id, task.data, task.attempt) == (id, b"later", 1), task
+q.touch(task)
+q.retry(task)
+task = q.pop()
+assert task.attempt == 2
+q.retry(task, 50)
+assert q.status(id) == "scheduled"
+task = pickle.loads(pickle.dumps(q.pop(5)))
+assert task.attempt == 3
+q.retry(task)
+assert q.status(id) == "failed"
+q.push(b"given back")
+q.pop()
+q.close()
+with FemtoQueue(sys.argv[1], "node-2") as other:
+    task = other.pop()
+    assert (task.data, task.attempt) == (b"given back", 2), task
+    other.done(task)
+    assert other.join(1)
+print("done")
+""",
+        directory,
+        sync,
+    )
+    assert out == "done\n"
+
+
+@needs_linux
+@either_way
+@pytest.mark.parametrize("move", [True, False])
+def test_on_windows_a_file_is_pushed(directory: Path, tmp_path: Path, sync: bool, move: bool) -> None:
+    """On Windows, push_file works, moving or not: no file is renamed, or synced, while it is open."""
+    source = tmp_path / "payload"
+    source.write_bytes(b"\r\n\x1a" * 500_000)
+    out = windows(
+        r"""
+q = FemtoQueue(sys.argv[1], "node-1", sync_after_write=sys.argv[3] == "True")
+id = q.push_file(sys.argv[2], move=sys.argv[4] == "True")
+task = q.pop()
+assert task.id == id and task.data == b"\r\n\x1a" * 500_000
+q.done(task)
+print(os.path.exists(sys.argv[2]))
+""",
+        directory,
+        source,
+        sync,
+        move,
+    )
+    assert out == f"{not move}\n"
+
+
+@needs_linux
+def test_on_windows_a_task_comes_back_by_its_lease(directory: Path) -> None:
+    """On Windows no process is judged: a dead worker's task comes back by its lease, and not before."""
+    windows(
+        """
+q = FemtoQueue(sys.argv[1], "node-1", timeout_stale_ms=1_000)
+q.push(b"x")
+assert q.pop()
+os._exit(0)
+""",
+        directory,
+    )
+    out = windows(
+        """
+q = FemtoQueue(sys.argv[1], sys.argv[2], timeout_stale_ms=1_000)
+assert q.pop() is None
+task = q.pop(5)
+assert (task.data, task.attempt) == (b"x", 2)
+q.done(task)
+print(q.counts()["done"])
+""",
+        directory,
+        "node-1",
+    )
+    assert out == "1\n"
+
+
+@needs_linux
+def test_on_windows_a_dropped_object_gives_its_task_back(directory: Path) -> None:
+    """On Windows too, an object of this process is known to be gone at once."""
+    out = windows(
+        """
+q = FemtoQueue(sys.argv[1], "node-1")
+q.push(b"x")
+other = FemtoQueue(sys.argv[1], "node-1")
+task = other.pop()
+assert q.pop() is None
+del other
+print(q.pop(3).attempt)
+""",
+        directory,
+    )
+    assert out == "2\n"
+
+
+@needs_linux
+def test_on_windows_a_payload_that_is_open_disturbs_nobody(directory: Path) -> None:
+    """On Windows, while a handler reads task.path after its lease, other workers go on with the rest."""
+    out = windows(
+        """
+slow = FemtoQueue(sys.argv[1], "node-1", timeout_stale_ms=100)
+quick = FemtoQueue(sys.argv[1], "node-2")
+slow.push(b"read slowly")
+slow.push(b"next")
+task = slow.pop()
+with open(task.path, "rb") as payload:
+    time.sleep(0.3)
+    quick._look_at_us = 0
+    assert quick.pop().data == b"next"
+    assert payload.read() == b"read slowly"
+print(quick.pop(2).data)
+""",
+        directory,
+    )
+    assert out == "b'read slowly'\n"
+
+
+@needs_linux
+def test_on_windows_the_loop_runs(directory: Path) -> None:
+    """On Windows, `run` handles tasks, keeps leases alive, and stops at SIGINT."""
+    out = windows(
+        """
+import signal
+q = FemtoQueue(sys.argv[1], "node-1", timeout_stale_ms=300)
+ids = [q.push(b"short"), q.push(b"long"), q.push(b"stop")]
+def handle(task):
+    if task.data == b"long":
+        time.sleep(0.8)
+    if task.data == b"stop":
+        signal.raise_signal(signal.SIGINT)
+    assert not task.lost
+print(q.run(handle), [q.status(id) for id in ids])
+""",
+        directory,
+    )
+    assert out == "3 ['done', 'done', 'done']\n"
+
+
+@needs_linux
+def test_on_windows_the_command_line_works(directory: Path, tmp_path: Path) -> None:
+    """On Windows, so do push, status, list, run, requeue, cancel and purge from a shell."""
+    (tmp_path / "payload").write_bytes(b"from a file")
+    out = windows(
+        r"""
+def cli(*words):
+    status = femtoqueue.main([sys.argv[1], *words])
+    sys.stdout.flush()
+    return status
+
+assert cli("status") == 1
+assert cli("push", sys.argv[2]) == 0
+assert cli("status") == cli("status", "--json") == cli("list", "pending") == 0
+copy = "import sys; sys.stdout.write(sys.stdin.read() + '\\n')"
+assert cli("run", "--until-empty", "--", sys.executable, "-c", copy) == 0
+q = FemtoQueue(sys.argv[1], "node-1")
+(id,) = q.ids("done")
+assert cli("requeue", id) == cli("cancel", id) == 0
+assert cli("cancel", id) == cli("purge", "failed", "0s") == 1
+""",
+        directory,
+        tmp_path / "payload",
+    )
+    assert "from a file\n" in out
+    assert "pending" in out
+
+
+@needs_linux
+@pytest.mark.parametrize(
+    "id", ["..\\..\\file", "x\\file", "C:file"], ids=["parent", "directory", "drive"]
+)
+def test_on_windows_no_id_leads_out_of_the_queue(directory: Path, id: str) -> None:
+    """An id from outside never becomes a path: what separates names on Windows is in no id there."""
+    out = windows(
+        """
+import ntpath
+q = FemtoQueue(sys.argv[1], "node-1")
+os.path.basename, seen = ntpath.basename, []
+os.lstat, os.path.lexists = seen.append, seen.append
+print(q.status(sys.argv[2]), q.cancel(sys.argv[2]), q.requeue(sys.argv[2]), seen)
+""",
+        directory,
+        f"1700000000000000_{id}",
+    )
+    assert out == "None False False []\n"
+
+
+@needs_linux
+@pytest.mark.parametrize("node_id", ["host:8080", "a\\b", 'a"b', "a?", "a*", "a|b", "<a>"])
+def test_on_windows_a_node_id_that_no_file_can_have_is_refused(directory: Path, node_id: str) -> None:
+    """On Windows, a node_id that cannot be in a file's name gets a ValueError, and nothing is written."""
+    out = windows(
+        """
+try:
+    FemtoQueue(sys.argv[1], sys.argv[2])
+except ValueError as error:
+    print("node_id" in str(error), os.path.exists(sys.argv[1]))
+""",
+        directory,
+        node_id,
+    )
+    assert out == "True False\n"
+
+
+# --- the packages -------------------------------------------------------------------------------------
+
+SOURCES = ("femtoqueue.py", "benchmark_mini.py", "test_femtoqueue.py", "README.md", "LICENSE")
+SOURCES += ("pyproject.toml", ".ci/backend.py")
+IN_WHEEL = {"femtoqueue/__init__.py", "femtoqueue/__main__.py", "femtoqueue/py.typed"}
+INFO_IN_WHEEL = {"METADATA", "RECORD", "WHEEL", "entry_points.txt", "licenses/LICENSE", "top_level.txt"}
+EGG_INFO = {"PKG-INFO", "SOURCES.txt", "dependency_links.txt", "entry_points.txt", "requires.txt"}
+EGG_INFO |= {"top_level.txt"}
+
+GOOD_USER = '''
+"""A program of somebody else's."""
+
+import datetime
+import queue as queues
+from collections.abc import Iterator
+from pathlib import Path
+
+from femtoqueue import STATES, FemtoQueue, FemtoQueueError, FemtoTask, NotInProgress
+
+
+def payloads() -> Iterator[bytes]:
+    yield b"a"
+    yield b"b"
+
+
+def handle(task: FemtoTask) -> int:
+    return len(task.data) + task.attempt
+
+
+def main(directory: Path) -> dict[str, int]:
+    with FemtoQueue(directory, "node", max_attempts=3, maxsize=100) as q:
+        try:
+            id: str = q.push(bytearray(b"x"))
+        except queues.Full:
+            return {}
+        ids: list[str] = q.push_many(payloads())
+        due: str = q.schedule(memoryview(b"y"), datetime.datetime.now(datetime.timezone.utc))
+        task: FemtoTask | None = q.pop(timeout=None)
+        if task:
+            try:
+                q.touch(task)
+                q.retry(task, 1_000)
+            except NotInProgress as lost:
+                error: FemtoQueueError = lost
+                print(error)
+        state: str | None = q.status(id)
+        print(state, ids, due, [*q.ids("pending")], STATES, q.cancel(id), q.purge("done", 3600.0))
+        count: int = q.run(handle, until_empty=True)
+        return {**q.counts(), "handled": count}
+'''
+# Each line has one mistake that only somebody who sees the annotations finds.
+BAD_USER = """
+from femtoqueue import FemtoQueue
+
+q = FemtoQueue("queue", "node")
+q.push("text")
+q.push_many(["text"])
+q.pop().data
+q.done(None)
+q.schedule(b"x", "tomorrow")
+q.no_such_call()
+FemtoQueue("queue")
+number: int = q.push(b"x")
+"""
+MISTAKES = {5, 6, 7, 8, 9, 10, 11, 12}
+
+
+class Packages(NamedTuple):
+    """The two archives, and the tree that they were built from."""
+
+    wheel: Path
+    sdist: Path
+    tree: Path
+
+
+def tool_package(name: str) -> None:
+    """Skip this test where a Python tool_package is not installed."""
+    if importlib.util.find_spec(name) is None:
+        pytest.skip(f"{name} is not installed: pip install -e '.[check]'")
+
+
+def execute(*command: object, succeeds: bool = True, **options: Any) -> str:
+    """Run a command to its end and return all that it printed."""
+    process = subprocess.run(
+        [*map(str, command)],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=300,
+        check=False,
+        **options,
+    )
+    assert (process.returncode == 0) is succeeds, process.stdout
+    return process.stdout
+
+
+def environment(**more: str) -> dict[str, str]:
+    """This process's environment, without what leads to the checkout."""
+    hidden = ("PYTHONPATH", "PYTHONHOME", "MYPYPATH")
+    return {name: value for name, value in os.environ.items() if name not in hidden} | more
+
+
+@pytest.fixture(scope="session")
+def packages(tmp_path_factory: pytest.TempPathFactory) -> Packages:
+    """The sdist, and the wheel that was built from the unpacked sdist."""
+    tool_package("build")
+    tool_package("setuptools")
+    if not (HERE / ".ci" / "backend.py").exists():
+        pytest.skip("this is not a checkout: there is nothing to build")
+    tree = tmp_path_factory.mktemp("packages") / "tree"
+    for name in SOURCES:
+        target = tree / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(HERE / name, target)
+    execute(sys.executable, "-m", "build", "--no-isolation", cwd=tree, env=environment())
+    (wheel,) = (tree / "dist").glob("*.whl")
+    (sdist,) = (tree / "dist").glob("*.tar.gz")
+    return Packages(wheel, sdist, tree)
+
+
+class Installation(NamedTuple):
+    """A virtual environment that femtoqueue was installed into."""
+
+    python: Path
+    script: Path
+    module: Path
+
+
+def install(archive: Path, home: Path) -> Installation:
+    """Install an archive, and nothing else, into a new virtual environment."""
+    tool_package("pip")
+    venv.create(home, symlinks=os.name != "nt")
+    scripts = home / ("Scripts" if os.name == "nt" else "bin")
+    suffix = ".exe" if os.name == "nt" else ""
+    python = scripts / f"python{suffix}"
+    # Nothing is fetched: an sdist is built with the setuptools that is installed here.
+    execute(
+        *(sys.executable, "-m", "pip", "--python", python, "install", "--quiet", "--no-index"),
+        *("--no-deps", "--no-build-isolation", "--ignore-installed", "--no-warn-script-location"),
+        *("--disable-pip-version-check", "--prefix", home, archive),
+        env=environment(PYTHONPATH=sysconfig.get_path("purelib")),
+        cwd=home,
+    )
+    where = "import femtoqueue; print(femtoqueue.__file__)"
+    module = Path(execute(python, "-c", where, cwd=home, env=environment()).strip())
+    return Installation(python, scripts / f"femtoqueue{suffix}", module)
+
+
+@pytest.fixture(scope="session")
+def installed_wheel(packages: Packages, tmp_path_factory: pytest.TempPathFactory) -> Installation:
+    """A new environment with the wheel in it."""
+    return install(packages.wheel, tmp_path_factory.mktemp("wheel") / "venv")
+
+
+@pytest.fixture(scope="session")
+def installed_sdist(packages: Packages, tmp_path_factory: pytest.TempPathFactory) -> Installation:
+    """A new environment with the sdist in it, built there by pip."""
+    return install(packages.sdist, tmp_path_factory.mktemp("sdist") / "venv")
+
+
+@pytest.fixture(params=["installed_wheel", "installed_sdist"])
+def installed(request: pytest.FixtureRequest) -> Installation:
+    """A new environment with femtoqueue in it, in each way there is."""
+    installation: Installation = request.getfixturevalue(request.param)
+    return installation
+
+
+def complaints(checker: str, program: Path, python: Path, *more: str) -> set[int]:
+    """Type-check one file as its user would; return the lines found wrong."""
+    tool_package(checker)
+    cache = program.parent.parent / "mypy-cache"
+    options = {
+        "mypy": ["--strict", "--config-file=", f"--cache-dir={cache}", f"--python-executable={python}"],
+        "pyright": [f"--pythonpath={python}"],
+    }[checker]
+    process = subprocess.run(
+        [sys.executable, "-m", checker, *options, *more, program.name],
+        cwd=program.parent,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=300,
+        check=False,
+        env=environment(),
+    )
+    if checker == "pyright" and not ("error" in process.stdout and process.returncode in (0, 1)):
+        pytest.skip(f"pyright does not run here: {process.stdout.strip()[-200:]}")
+    assert process.returncode in (0, 1), process.stdout
+    found = set()
+    for line in process.stdout.splitlines():
+        path, _, rest = line.strip().partition(".py:")
+        if rest and "error" in rest:
+            assert path.endswith(program.stem), process.stdout  # nobody else's file is complained of
+            found.add(int(rest.split(":")[0]))
+    assert bool(found) == bool(process.returncode), process.stdout
+    return found
+
+
+def test_the_wheel_holds_the_module_its_types_and_nothing_else(packages: Packages) -> None:
+    """The wheel: the module byte for byte, two more files that a package needs, and its metadata."""
+    info = f"femtoqueue-{femtoqueue.__version__}.dist-info/"
+    with zipfile.ZipFile(packages.wheel) as archive:
+        assert set(archive.namelist()) == IN_WHEEL | {info + name for name in INFO_IN_WHEEL}
+        assert archive.read("femtoqueue/__init__.py") == MODULE.read_bytes()
+        assert archive.read("femtoqueue/py.typed") == b""
+        metadata = archive.read(f"{info}METADATA").decode()
+    assert "\nLicense-Expression: MIT\n" in metadata
+    assert "\nRequires-Python: >=3.10\n" in metadata
+    assert all("extra ==" in line for line in metadata.splitlines() if line.startswith("Requires-Dist"))
+
+
+def test_the_sdist_holds_what_the_wheel_and_the_tests_need(packages: Packages) -> None:
+    """The sdist: the repository's own files, the generated metadata, and nothing else."""
+    top = f"femtoqueue-{femtoqueue.__version__}/"
+    wanted = {*SOURCES, "PKG-INFO", "setup.cfg"} | {f"femtoqueue.egg-info/{name}" for name in EGG_INFO}
+    with tarfile.open(packages.sdist) as archive:
+        names = {member.name for member in archive.getmembers() if not member.isdir()}
+        module = archive.extractfile(f"{top}femtoqueue.py")
+        assert module
+        assert module.read() == MODULE.read_bytes()
+    assert names == {top + name for name in wanted}
+
+
+def test_a_checkout_makes_the_same_wheel_as_the_sdist(packages: Packages, tmp_path: Path) -> None:
+    """Built straight from the repository, the wheel holds the very same files."""
+    execute(
+        *(sys.executable, "-m", "build", "--no-isolation", "--wheel", "--outdir", tmp_path),
+        packages.tree,
+        env=environment(),
+    )
+    (again,) = tmp_path.glob("*.whl")
+    with zipfile.ZipFile(packages.wheel) as one, zipfile.ZipFile(again) as two:
+        assert {name: one.read(name) for name in one.namelist()} == {
+            name: two.read(name) for name in two.namelist()
+        }
+
+
+def test_twine_accepts_the_packages(packages: Packages) -> None:
+    """`twine check --strict` has nothing to say: an index would show the README as it is."""
+    tool_package("twine")
+    execute(sys.executable, "-m", "twine", "check", "--strict", packages.wheel, packages.sdist)
+
+
+def test_an_installed_femtoqueue_runs(installed: Installation, tmp_path: Path) -> None:
+    """Installed, it is `import femtoqueue`, `python -m femtoqueue` and `femtoqueue`."""
+    assert installed.module.parts[-2:] == ("femtoqueue", "__init__.py")
+    assert installed.module.read_bytes() == MODULE.read_bytes()
+    version = f"femtoqueue {femtoqueue.__version__}\n"
+    for command in ([installed.python, "-m", "femtoqueue"], [installed.script]):
+        assert execute(*command, "--version", cwd=tmp_path, env=environment()) == version
+        id = execute(*command, "queue", "push", installed.module, cwd=tmp_path, env=environment())
+        listed = execute(*command, "queue", "list", "pending", cwd=tmp_path, env=environment())
+        assert listed.endswith(id)
+        execute(*command, "queue", "no-such-command", succeeds=False, cwd=tmp_path, env=environment())
+
+
+@pytest.mark.parametrize("checker", ["mypy", "pyright"])
+def test_an_installed_femtoqueue_is_typed(
+    installed: Installation, tmp_path: Path, checker: str
+) -> None:
+    """A user's program is checked against the installed annotations, and its mistakes are found."""
+    program = tmp_path / "program"
+    program.mkdir()
+    (program / "good.py").write_text(GOOD_USER, encoding="utf-8")
+    (program / "bad.py").write_text(BAD_USER, encoding="utf-8")
+    assert complaints(checker, program / "good.py", installed.python) == set()
+    assert complaints(checker, program / "bad.py", installed.python) == MISTAKES
+
+
+@pytest.mark.parametrize("checker", ["mypy", "pyright"])
+def test_a_copied_file_is_typed(tmp_path: Path, checker: str) -> None:
+    """The same with the file copied beside the program, and the file itself passes there."""
+    program = tmp_path / "program"
+    program.mkdir()
+    shutil.copyfile(MODULE, program / "femtoqueue.py")
+    (program / "good.py").write_text(GOOD_USER, encoding="utf-8")
+    (program / "bad.py").write_text(BAD_USER, encoding="utf-8")
+    python = Path(sys.executable)
+    assert complaints(checker, program / "good.py", python) == set()
+    assert complaints(checker, program / "bad.py", python) == MISTAKES
+    assert complaints(checker, program / "femtoqueue.py", python) == set()
+
+
+@pytest.mark.parametrize("version", ["3.10", "3.13"])
+@pytest.mark.parametrize("system", ["Linux", "Darwin", "Windows"])
+@pytest.mark.parametrize("checker", ["mypy", "pyright"])
+def test_a_copied_file_is_typed_on_each_system(
+    tmp_path: Path, checker: str, system: str, version: str
+) -> None:
+    """A checker on macOS or Windows, where `os` has fewer names, has nothing to complain of either."""
+    program = tmp_path / "program"
+    program.mkdir()
+    shutil.copyfile(MODULE, program / "femtoqueue.py")
+    platform = {"Windows": "win32"}.get(system, system.lower())
+    options = {
+        "mypy": [f"--platform={platform}", f"--python-version={version}"],
+        "pyright": [f"--pythonplatform={system}", f"--pythonversion={version}"],
+    }[checker]
+    found = complaints(checker, program / "femtoqueue.py", Path(sys.executable), *options)
+    assert found == set()
+
+
+def test_the_public_names_are_typed_completely(installed_wheel: Installation, tmp_path: Path) -> None:
+    """`pyright --verifytypes`: no public name of the installed package lacks a type."""
+    tool_package("pyright")
+    command = [sys.executable, "-m", "pyright", f"--pythonpath={installed_wheel.python}"]
+    process = subprocess.run(
+        [*command, "--verifytypes", "femtoqueue", "--ignoreexternal"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+        env=environment(),
+    )
+    if "completeness" not in process.stdout:
+        pytest.skip(f"pyright does not run here: {process.stderr.strip()[-200:]}")
+    assert process.returncode == 0, process.stdout
