@@ -79,6 +79,7 @@ _BUCKETED = ("scheduled", "pending")
 _FINISHED = ("done", "failed", "corrupt")
 
 _MAX_US = 10**16  # times have 16 digits
+_FORBIDDEN = set('/~<>:"\\|?*' if os.name == "nt" else "/~")  # in ids and node_ids
 _MAX_ID = 216  # bytes: the name of a claim, "~n~deadline" behind the id, must fit into NAME_MAX, 255
 _BUCKET_US = 10**9
 _CLOSE_US = 10**7  # the narrowest bucket of scheduled/
@@ -212,9 +213,8 @@ class FemtoQueue:
             raise ValueError(f"data_dir: {root!r} is no path; name a directory")
         if not isinstance(node_id, str):
             raise TypeError(f"node_id: expected str, got {type(node_id).__name__}")
-        forbidden = set('/~<>:"\\|?*' if os.name == "nt" else "/~")
-        if not (node_id and node_id.isprintable()) or forbidden & set(node_id):
-            no = " ".join(sorted(forbidden))
+        if not (node_id and node_id.isprintable()) or _FORBIDDEN & set(node_id):
+            no = " ".join(sorted(_FORBIDDEN))
             raise ValueError(f"node_id: {node_id!r} must be printable, not empty, and without {no}")
         if len(node_id.encode()) > 64:
             raise ValueError(f"node_id: {node_id!r} is longer than 64 bytes; use a shorter name")
@@ -750,6 +750,7 @@ class FemtoQueue:
             if not _rename(source, path) and not (self._make_own_directory() and _rename(source, path)):
                 self._miss(claim)
                 return None
+            self._check_open()  # close() gives back what it sees, and this may have come after it
             self._misses = 0
             self._claimed_at_us = now_us
             if self.sync_after_write:
@@ -1398,7 +1399,7 @@ def _is_digits(text: str, length: int | None = None) -> bool:
 
 def _is_id(text: str) -> bool:
     """Is this a task's id, and nothing else on any filesystem?"""
-    return "~" not in text and _parse(text) is not None and os.path.basename(text) == text
+    return not _FORBIDDEN & set(text) and _parse(text) is not None
 
 
 def _is_bucket(entry: os.DirEntry[str]) -> bool:

@@ -1725,12 +1725,14 @@ def test_fork(directory: Path, queue: FemtoQueue) -> None:
 
     child = forked(claim_and_wait)
     os.close(writer)  # so that its death ends the read
-    assert os.read(reader, 7) == b"claimed"
-    os.close(reader)
-    assert owners(directory) == {os.getpid(), child}
-    assert drained(queue) == [b"c"]
-    os.kill(child, signal.SIGKILL)
-    os.waitpid(child, 0)
+    try:
+        assert os.read(reader, 7) == b"claimed"
+        assert owners(directory) == {os.getpid(), child}
+        assert drained(queue) == [b"c"]
+    finally:
+        os.close(reader)
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
     assert drained(FemtoQueue(directory, "node-2")) == [b"b"]
     queue.done(mine)
 
@@ -1798,14 +1800,18 @@ def test_multiprocessing(directory: Path, queue: FemtoQueue, method: str) -> Non
     child = context.Process(target=claim_for_the_parent, args=(queue, mine, there))
     child.start()
     there.close()  # so that its death ends the recv
-    pid, claim = here.recv()
-    assert owners(directory) == {pid} == {child.pid}
-    assert queue.status(mine.id) == "done"
-    assert queue.pop() is None, "the child is alive"
-    queue.done(claim)
-    here.send("end")
-    child.join()
-    assert child.exitcode == 0
+    try:
+        pid, claim = here.recv()
+        assert owners(directory) == {pid} == {child.pid}
+        assert queue.status(mine.id) == "done"
+        assert queue.pop() is None, "the child is alive"
+        queue.done(claim)
+        here.send("end")
+        child.join()
+        assert child.exitcode == 0
+    finally:
+        child.kill()
+        child.join()
     assert queue.status(claim.id) == "done" and claim.data == b"b"
 
 
@@ -3093,7 +3099,7 @@ def test_close_ends_those_who_wait(directory: Path) -> None:
         thread.start()
     q.close()
     other = FemtoQueue(directory, "other")
-    task = other.pop()
+    task = other.pop(timeout=10)
     assert task.id == held.id
     other.retry(task)
     for thread in threads:
@@ -3513,7 +3519,11 @@ def blocks(path: Path) -> Iterator[tuple[str, str, str]]:
             yield heading, fence[2], "".join(text)
 
 
-BLOCKS = [pytest.param(lang, text, id=f"{heading}-{lang}") for heading, lang, text in blocks(README)]
+BLOCKS = [
+    pytest.param(lang, text, id=f"{heading}-{lang}")
+    for heading, lang, text in blocks(README)
+    if lang != "mermaid"
+]
 
 
 @pytest.fixture
@@ -3674,7 +3684,7 @@ def look(directory: Path) -> dict[bytes, list[str]]:
     for state in STATES:
         for folder, _, names in os.walk(directory / state):
             for name in names:
-                used = int((name.split("~") + ["0"])[1])
+                used = int([*name.split("~"), "0"][1])
                 word = {"pending": "delivered", "in_progress": "delivered", "scheduled": "later"}.get(
                     state
                 )
@@ -3865,7 +3875,7 @@ def case_push_into_a_new_bucket(stage: Stage) -> Callable[[], object]:
 NEW = [b"new 0", b"new 1", b"new 2"]
 
 
-@case({payload: ("gone", "delivered 1") for payload in NEW})
+@case(dict.fromkeys(NEW, ("gone", "delivered 1")))
 def case_push_many(stage: Stage) -> Callable[[], object]:
     return lambda: stage.queue.push_many(NEW[stage.pushed :])
 
@@ -4216,6 +4226,35 @@ def test_failing_at_every_filesystem_call(name: str, durable: bool, scratch: Pat
     figure("failing at every step", calls=1, faults=count)
 
 
+@both
+@each_case
+def test_failing_from_a_filesystem_call_on(
+    name: str, durable: bool, scratch: Path, clock: Time
+) -> None:
+    """A disk that stays broken, in the middle of any call, and is repaired: nothing is lost or broken."""
+    case = CASES[name]
+    adds = "gone" in case.before().values()
+    count = len(steps_of(case, scratch / "plain", durable, clock))
+    for at in range(1, count + 1):
+        stage = Stage(case, scratch / str(at), durable, clock)
+        error = False
+        with Steps(at, functools.partial(fail_with, errno.EIO, False), once=False):
+            try:
+                stage.act()
+            except OSError:
+                error = True
+        if error and not adds:  # made again, what could not be withdrawn would be there twice
+            stage.act()
+        stage.drop()
+        audit(
+            stage.directory,
+            clock,
+            case.allowed(not (error and adds), disordered=name.startswith("pop")),
+        )
+        clear(stage.directory)
+    figure("failing from some step on", calls=1, faults=count)
+
+
 # --- power cuts ---------------------------------------------------------------------------------------
 
 
@@ -4247,9 +4286,9 @@ class Operation:
 class Disk:
     """Records what a workload does to the filesystem below `base`, to replay it up to a power cut.
 
-    Certain is what was fsynced: a file's content, a directory's entries. Any other change of a directory
-    may have reached the disk or not, each for itself; a rename happens as a whole. What lies in a
-    directory whose own entry is not there is lost with it.
+    Certain is what was fsynced: a file's content, a directory's entries. Any other change of a
+    directory may have reached the disk or not, each for itself; a rename happens as a whole. What lies
+    in a directory whose own entry is not there is lost with it.
     """
 
     def __init__(self, base: Path) -> None:
@@ -4345,7 +4384,7 @@ class Disk:
         return found
 
     def image(self, end: int, missing: set[int], torn: bool, half: bool) -> dict[str, bytes]:
-        """The files on disk after a cut behind `end` operations, of which those `missing` never got there.
+        """The files on disk after `end` operations and a cut; those `missing` never got there.
 
         `torn`: what was written but not synced is not there either. `half`: as on btrfs, a rename whose
         new directory alone was synced leaves the old name too.
@@ -4494,8 +4533,8 @@ class PowerCutWorkload:
         assert self.queue.pop() is None  # buckets are removed
         self.push(2)
         self.promise(held.data, "done", "live", lambda: self.queue.requeue(held.id))
-        self.pop()
-        self.queue.close()
+        held = self.pop()
+        self.promise(held.data, "live, perhaps twice", "live", self.queue.close)
 
 
 def place_of(path: str, queue: str) -> str:
@@ -4511,7 +4550,7 @@ def place_of(path: str, queue: str) -> str:
 def check_image(
     image: dict[str, bytes], fates: dict[bytes, frozenset[str]], queue: str, half: bool
 ) -> None:
-    """Each task is whole, and where it may be; of a call that did not return, perhaps at both places."""
+    """Each task is whole, and where it may be; if a call did not return, perhaps at both places."""
     found: dict[bytes, list[str]] = {}
     for path, content in image.items():
         place = place_of(path, queue)
@@ -4525,6 +4564,8 @@ def check_image(
         places = found.get(payload, ["gone"])
         assert {*places} <= possible, f"{payload!r} is {places}, not {set(possible)}"
         # With half renames it may be at both, before the call that renames it has returned.
+        twice = half and "live, perhaps twice" in possible
+        assert twice or len({*places}) == len(places), f"{payload!r} is visible twice: {places}"
         assert half or len(places) == 1, f"{payload!r} is at both places: {places}"
 
 
@@ -4698,7 +4739,7 @@ class Crowd:
 
 
 def test_many_processes_many_kills(scratch: Path) -> None:
-    """Nothing acknowledged is lost, nothing is invented, and only a kill or a stop makes a duplicate."""
+    """Nothing acknowledged is lost, nothing invented; only a kill or a stop makes a duplicate."""
     crowd = Crowd(scratch / "queue", random.Random(7))
     crowd.run(seconds=7)
     queue = FemtoQueue(crowd.directory, "worker")
@@ -4853,7 +4894,7 @@ class Model(RuleBasedStateMachine):
             figure("model", deliveries=1)
 
     def finish(self, choice: random.Random, call: str, *arguments: object) -> Expected | None:
-        """Call a queue with some delivery; return the task if the claim was still valid, as it must be."""
+        """Call a queue with some delivery; return the task if that claim was still valid."""
         if not self.claims:
             return None
         id = choice.choice(sorted(self.claims))
@@ -4921,7 +4962,7 @@ class Model(RuleBasedStateMachine):
             queue.close()
         owners = self.directory / "in_progress"
         # As if it had been a process that is gone, or one on another machine.
-        was = getattr(queue, "_owner")
+        was = queue._owner
         node, pid, start, place, token = was.split("~")
         other = f"{node}~{2**22 + 1}~{start}~{place}~{token}"
         if how == "elsewhere":
@@ -5672,6 +5713,7 @@ def become_windows(hard_links: bool) -> None:
     import logging
     import os
     import queue  # noqa: F401
+    import shutil  # noqa: F401
     import signal
     import stat
     import subprocess  # noqa: F401
@@ -5960,7 +6002,7 @@ def test_on_windows_a_task_comes_back_by_its_lease(directory: Path) -> None:
     """On Windows no process is judged: a dead worker's task comes back by its lease, and not before."""
     windows(
         """
-q = FemtoQueue(sys.argv[1], "node-1", timeout_stale_ms=1_000)
+q = FemtoQueue(sys.argv[1], "node-1", timeout_stale_ms=3_000)
 q.push(b"x")
 assert q.pop()
 os._exit(0)
@@ -5969,15 +6011,14 @@ os._exit(0)
     )
     out = windows(
         """
-q = FemtoQueue(sys.argv[1], sys.argv[2], timeout_stale_ms=1_000)
+q = FemtoQueue(sys.argv[1], "node-1")
 assert q.pop() is None
-task = q.pop(5)
+task = q.pop(10)
 assert (task.data, task.attempt) == (b"x", 2)
 q.done(task)
 print(q.counts()["done"])
 """,
         directory,
-        "node-1",
     )
     assert out == "1\n"
 
@@ -6072,9 +6113,7 @@ assert cli("cancel", id) == cli("purge", "failed", "0s") == 1
 
 
 @needs_linux
-@pytest.mark.parametrize(
-    "id", ["..\\..\\file", "x\\file", "C:file"], ids=["parent", "directory", "drive"]
-)
+@pytest.mark.parametrize("id", ["..\\..\\file", "x\\file"], ids=["parent", "directory"])
 def test_on_windows_no_id_leads_out_of_the_queue(directory: Path, id: str) -> None:
     """An id from outside never becomes a path: what separates names on Windows is in no id there."""
     out = windows(
@@ -6276,17 +6315,18 @@ def installed(request: pytest.FixtureRequest) -> Installation:
     return installation
 
 
-def complaints(checker: str, program: Path, python: Path, *more: str) -> set[int]:
-    """Type-check one file as its user would; return the lines found wrong."""
+def complaints(checker: str, directory: Path, python: Path, *more: str) -> dict[str, set[int]]:
+    """Type-check a user's files as the user would; return the lines found wrong, by file."""
     tool_package(checker)
-    cache = program.parent.parent / "mypy-cache"
+    programs = sorted(path.name for path in directory.glob("*.py"))
+    cache = directory.parent / "mypy-cache"
     options = {
         "mypy": ["--strict", "--config-file=", f"--cache-dir={cache}", f"--python-executable={python}"],
         "pyright": [f"--pythonpath={python}"],
     }[checker]
     process = subprocess.run(
-        [sys.executable, "-m", checker, *options, *more, program.name],
-        cwd=program.parent,
+        [sys.executable, "-m", checker, *options, *more, *programs],
+        cwd=directory,
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -6295,15 +6335,14 @@ def complaints(checker: str, program: Path, python: Path, *more: str) -> set[int
         check=False,
         env=environment(),
     )
-    if checker == "pyright" and not ("error" in process.stdout and process.returncode in (0, 1)):
+    if checker == "pyright" and "0 informations" not in process.stdout:
         pytest.skip(f"pyright does not run here: {process.stdout.strip()[-200:]}")
     assert process.returncode in (0, 1), process.stdout
-    found = set()
+    found: dict[str, set[int]] = {}
     for line in process.stdout.splitlines():
         path, _, rest = line.strip().partition(".py:")
         if rest and "error" in rest:
-            assert path.endswith(program.stem), process.stdout  # nobody else's file is complained of
-            found.add(int(rest.split(":")[0]))
+            found.setdefault(Path(path).name, set()).add(int(rest.split(":")[0]))
     assert bool(found) == bool(process.returncode), process.stdout
     return found
 
@@ -6368,62 +6407,48 @@ def test_an_installed_femtoqueue_runs(installed: Installation, tmp_path: Path) -
 
 @pytest.mark.parametrize("checker", ["mypy", "pyright"])
 def test_an_installed_femtoqueue_is_typed(
-    installed: Installation, tmp_path: Path, checker: str
+    installed_wheel: Installation, tmp_path: Path, checker: str
 ) -> None:
     """A user's program is checked against the installed annotations, and its mistakes are found."""
     program = tmp_path / "program"
     program.mkdir()
     (program / "good.py").write_text(GOOD_USER, encoding="utf-8")
     (program / "bad.py").write_text(BAD_USER, encoding="utf-8")
-    assert complaints(checker, program / "good.py", installed.python) == set()
-    assert complaints(checker, program / "bad.py", installed.python) == MISTAKES
+    assert complaints(checker, program, installed_wheel.python) == {"bad": MISTAKES}
 
 
+@pytest.mark.parametrize("system", ["Linux", "Darwin", "Windows"])
 @pytest.mark.parametrize("checker", ["mypy", "pyright"])
-def test_a_copied_file_is_typed(tmp_path: Path, checker: str) -> None:
-    """The same with the file copied beside the program, and the file itself passes there."""
+def test_a_copied_file_is_typed(tmp_path: Path, checker: str, system: str) -> None:
+    """The same with the file copied beside the program, and it passes itself: on macOS and Windows too."""
     program = tmp_path / "program"
     program.mkdir()
     shutil.copyfile(MODULE, program / "femtoqueue.py")
     (program / "good.py").write_text(GOOD_USER, encoding="utf-8")
     (program / "bad.py").write_text(BAD_USER, encoding="utf-8")
-    python = Path(sys.executable)
-    assert complaints(checker, program / "good.py", python) == set()
-    assert complaints(checker, program / "bad.py", python) == MISTAKES
-    assert complaints(checker, program / "femtoqueue.py", python) == set()
-
-
-@pytest.mark.parametrize("version", ["3.10", "3.13"])
-@pytest.mark.parametrize("system", ["Linux", "Darwin", "Windows"])
-@pytest.mark.parametrize("checker", ["mypy", "pyright"])
-def test_a_copied_file_is_typed_on_each_system(
-    tmp_path: Path, checker: str, system: str, version: str
-) -> None:
-    """A checker on macOS or Windows, where `os` has fewer names, has nothing to complain of either."""
-    program = tmp_path / "program"
-    program.mkdir()
-    shutil.copyfile(MODULE, program / "femtoqueue.py")
-    platform = {"Windows": "win32"}.get(system, system.lower())
+    mypys_name = {"Linux": "linux", "Darwin": "darwin", "Windows": "win32"}[system]
     options = {
-        "mypy": [f"--platform={platform}", f"--python-version={version}"],
-        "pyright": [f"--pythonplatform={system}", f"--pythonversion={version}"],
+        "mypy": ["--python-version=3.10", "--platform", mypys_name],
+        "pyright": ["--pythonversion=3.10", "--pythonplatform", system],
     }[checker]
-    found = complaints(checker, program / "femtoqueue.py", Path(sys.executable), *options)
-    assert found == set()
+    found = complaints(checker, program, Path(sys.executable), *options)
+    assert found == {"bad": MISTAKES}
 
 
 def test_the_public_names_are_typed_completely(installed_wheel: Installation, tmp_path: Path) -> None:
     """`pyright --verifytypes`: no public name of the installed package lacks a type."""
     tool_package("pyright")
-    command = [sys.executable, "-m", "pyright", f"--pythonpath={installed_wheel.python}"]
+    path = f"{installed_wheel.python.parent}{os.pathsep}{os.environ['PATH']}"
     process = subprocess.run(
-        [*command, "--verifytypes", "femtoqueue", "--ignoreexternal"],
+        [sys.executable, "-m", "pyright", "--verifytypes", "femtoqueue", "--ignoreexternal"],
         cwd=tmp_path,
-        capture_output=True,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
         text=True,
         check=False,
-        env=environment(),
+        env=environment(PATH=path),
     )
     if "completeness" not in process.stdout:
-        pytest.skip(f"pyright does not run here: {process.stderr.strip()[-200:]}")
+        pytest.skip(f"pyright does not run here: {process.stdout.strip()[-200:]}")
     assert process.returncode == 0, process.stdout
