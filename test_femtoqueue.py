@@ -3108,6 +3108,25 @@ def test_close_ends_those_who_wait(directory: Path) -> None:
     assert other.status(held.id) == "pending"
 
 
+def test_a_claim_is_not_made_behind_close(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A pop that another thread's close overtakes raises, and the task is there for others as it was."""
+    q = FemtoQueue(directory, "node")
+    id = q.push(b"x")
+    real = os.rename
+
+    def overtaken(source: str, target: str) -> None:
+        monkeypatch.setattr(os, "rename", real)
+        q.close()
+        real(source, target)
+
+    monkeypatch.setattr(os, "rename", overtaken)
+    with pytest.raises(FemtoQueueError, match="closed"):
+        q.pop()
+    other = FemtoQueue(directory, "other")
+    assert other.status(id) == "pending"
+    assert other.pop().attempt == 1
+
+
 # --- the command line ---------------------------------------------------------------------------------
 
 
