@@ -23,7 +23,7 @@ change of state is one atomic rename, so a crash leaves a task either here or th
                                             +------------------+
 
     data_dir/
-      creating/<owner>~<time_us>                being written, invisible to everybody else
+      creating/<owner>~<id>                     being written, invisible to everybody else
       pending/<bucket>/<id>[~n]                 waiting; n = deliveries already used up
       scheduled/<bucket>/<id>~n~<due_us>        waiting for the wall clock
       in_progress/<owner>/<id>~n~<deadline_us>  claimed, until the deadline (the lease) at least
