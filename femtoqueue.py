@@ -1735,10 +1735,13 @@ def _sync_files(descriptors: list[int]) -> None:
 def _open_regular(path: str, flags: int) -> int:
     """Open a file that a caller named, and nothing that would block."""
     descriptor = os.open(path, flags)
-    if stat.S_ISREG(os.fstat(descriptor).st_mode):
-        return descriptor
-    os.close(descriptor)
-    raise ValueError(f"path: {path!r} is not a regular file")
+    try:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise ValueError(f"path: {path!r} is not a regular file")
+    except BaseException:
+        _close_reader(descriptor)
+        raise
+    return descriptor
 
 
 def _close_reader(descriptor: int) -> None:

@@ -52,9 +52,9 @@ from queue import Full
 from typing import Any, NamedTuple
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 import femtoqueue
 from femtoqueue import STATES, FemtoQueue, FemtoQueueError, FemtoTask, NotInProgress
@@ -3109,7 +3109,7 @@ def test_close_ends_those_who_wait(directory: Path) -> None:
 
 
 def test_a_claim_is_not_made_behind_close(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A pop that another thread's close overtakes raises, and the task is there for others as it was."""
+    """A pop that close overtakes in another thread raises; the task is there for others as it was."""
     q = FemtoQueue(directory, "node")
     id = q.push(b"x")
     real = os.rename
@@ -3982,6 +3982,14 @@ def case_pop_buries(stage: Stage) -> Callable[[], object]:
 
 
 @case({b"claimed": ("delivered 2", "done")})
+def case_done_through_another_object(stage: Stage) -> Callable[[], object]:
+    stage.kept.append(stage.queue)
+    stage.queue = stage.open()
+    task = pickle.loads(pickle.dumps(stage.tasks[b"claimed"]))
+    return lambda: stage.queue.done(task)
+
+
+@case({b"claimed": ("delivered 2", "done")})
 def case_done(stage: Stage) -> Callable[[], object]:
     return lambda: stage.queue.done(stage.tasks[b"claimed"])
 
@@ -4228,7 +4236,8 @@ def test_failing_at_every_filesystem_call(name: str, durable: bool, scratch: Pat
             for performed in (False, True)[: 1 + (step in LOSABLE)]:
                 directory = scratch / str(count)
                 meet = functools.partial(fail_with, getattr(errno, error), performed)
-                if name.startswith("cancel") and performed and (step, error) == ("unlink", "ESTALE"):
+                doubtful = name.startswith("cancel") or "another" in name
+                if doubtful and performed and step in ("rename", "unlink") and error == "ESTALE":
                     continue  # that another process was quicker looks just the same
                 # ESTALE to a claim means, as ENOENT does, that somebody else was quicker.
                 disordered = name.startswith("pop") and (step, error) == ("rename", "ESTALE")
@@ -4250,7 +4259,7 @@ def test_failing_at_every_filesystem_call(name: str, durable: bool, scratch: Pat
 def test_failing_from_a_filesystem_call_on(
     name: str, durable: bool, scratch: Path, clock: Time
 ) -> None:
-    """A disk that stays broken, in the middle of any call, and is repaired: nothing is lost or broken."""
+    """A disk that stays broken from the middle of a call on, and is repaired: nothing is lost."""
     case = CASES[name]
     adds = "gone" in case.before().values()
     count = len(steps_of(case, scratch / "plain", durable, clock))
@@ -4842,6 +4851,7 @@ class Model(RuleBasedStateMachine):
         self.tasks: dict[str, Expected] = {}
         self.claims: dict[str, list[FemtoTask]] = {}  # every delivery there ever was
         self.pushes: list[str] = []
+        self.company = False  # does it look as if other processes were at work?
         figure("model", runs=1)
 
     def teardown(self) -> None:
@@ -4861,14 +4871,22 @@ class Model(RuleBasedStateMachine):
     def in_state(self, *states: str) -> list[str]:
         return sorted(id for id, task in self.tasks.items() if task.state in states)
 
+    def comes_back(self, task: Expected) -> bool:
+        """Does a pop that looks make this one pending?"""
+        if task.state == "scheduled":
+            return task.due_s <= self.clock.wall
+        gone = task.owner is None or task.deadline_s < self.clock.boot
+        return task.state == "in_progress" and gone
+
     def come_back(self) -> None:
-        """What a pop that looks brings back: due and abandoned tasks."""
         for task in self.tasks.values():
-            gone = task.owner is None or task.deadline_s < self.clock.boot
-            if (task.state == "scheduled" and task.due_s <= self.clock.wall) or (
-                task.state == "in_progress" and gone
-            ):
+            if self.comes_back(task):
                 task.state = "pending"
+
+    @initialize()
+    def begin(self) -> None:
+        self.push(0, [10] * 6)
+        self.pop([0, 1, 2, 0], at_once=True)
 
     numbers = st.integers(0, COUNT - 1)
     choice = st.randoms(use_true_random=False)
@@ -4891,13 +4909,15 @@ class Model(RuleBasedStateMachine):
         assert id not in self.tasks
         self.tasks[id] = Expected(payload, "scheduled", due_s=due_us / 1e6)
 
-    @rule(numbers=st.lists(numbers, min_size=1, max_size=4))
-    def pop(self, numbers: list[int]) -> None:
+    @rule(numbers=st.lists(numbers, min_size=1, max_size=4), at_once=st.booleans())
+    def pop(self, numbers: list[int], at_once: bool) -> None:
         for number in numbers:
-            self.pop_one(number)
+            self.pop_one(number, at_once)
 
-    def pop_one(self, number: int) -> None:
-        self.clock.advance(1.1)  # from then on a pop looks for what is to come back
+    def pop_one(self, number: int, at_once: bool) -> None:
+        # In company, what is in hand from an earlier look is not taken in exact order.
+        if not at_once or self.company or any(map(self.comes_back, self.tasks.values())):
+            self.clock.advance(1.1)  # from then on a pop looks for what is to come back
         self.come_back()
         task = self.queue(number).pop()
         pending = self.in_state("pending")
@@ -4916,7 +4936,8 @@ class Model(RuleBasedStateMachine):
         """Call a queue with some delivery; return the task if that claim was still valid."""
         if not self.claims:
             return None
-        id = choice.choice(sorted(self.claims))
+        held = [id for id in self.in_state("in_progress") if id in self.claims]
+        id = choice.choice(held if held and choice.random() < 0.7 else sorted(self.claims))
         task = choice.choice(self.claims[id][-2:])
         expected = self.tasks[id]
         valid = expected.state == "in_progress" and task.attempt == expected.used
@@ -4988,6 +5009,7 @@ class Model(RuleBasedStateMachine):
             other = f"b~{pid}~{start}~elsewhere~{token}"
         if how in ("killed", "elsewhere") and (owners / was).exists():
             (owners / was).rename(owners / other)
+            self.company = True
         for id, task in self.tasks.items():
             if task.state == "in_progress" and task.owner == number:
                 task.state = "pending" if how == "closed" else task.state
@@ -5053,6 +5075,7 @@ NAMES = (
     "{time}_shell-{n}~1~{time}",
     "{time}",
     "node~999999999~{n}~place~token",
+    "node~999999999~{n}~place~token~{time}",
     "node~{n}~1~elsewhere~token~{time}",
     "clock-{n}",
     ".DS_Store-{n}",
@@ -5097,7 +5120,7 @@ def is_ours(place: str, name: str, kind: str) -> bool:
     """May the queue move or delete this? Written apart from femtoqueue's own parser."""
     folder = place.split("/")[0]
     owner = r"[^~/]+~[0-9]+~[^~/]+~[^~/]+~[^~/]+"
-    if kind == "directory":  # an empty one
+    if kind in ("directory", "full directory"):  # what is in there is a task, once it has such a name
         pattern = {"pending": "[0-9]{16}", "scheduled": "[0-9]{16}", "in_progress": owner}.get(place)
         return pattern is not None and re.fullmatch(pattern, name, re.ASCII) is not None
     if kind != "file" or place in ("", "in_progress"):
@@ -5126,6 +5149,14 @@ def snapshot_proof(path: Path) -> tuple[int, int, int]:
     return info.st_ino, info.st_mode, info.st_nlink
 
 
+everything = [
+    (place, name.format(time=f"{(1, 1_799_000_000_000_000, 9 * 10**15)[n % 3] + n:016d}", n=n), kind)
+    for n, (place, name, kind) in enumerate(itertools.product(PLACES, NAMES, dict.fromkeys(KINDS)))
+]
+
+
+@example(objects=everything, reboot=False)
+@example(objects=everything, reboot=True)
 @given(objects=objects, reboot=st.booleans())
 @settings(
     max_examples=200,
@@ -5183,7 +5214,7 @@ def check_among_hostile_objects(
     signal.alarm(20)
     counts = queue.counts()
     assert counts == {state: len(list(queue.ids(state))) for state in STATES}
-    for path in made:
+    for path in list(made)[:100]:
         assert queue.status(os.path.basename(path)) in (None, *STATES)
     for id in real:
         assert queue.status(id)
@@ -5203,7 +5234,7 @@ def check_among_hostile_objects(
     assert queue.status(failed) == "failed"
     clock.advance(3_000)
     assert queue.pop() is None
-    for path in made:
+    for path in list(made)[:100]:
         assert queue.cancel(os.path.basename(path)) in (False, True)
     for state in ("done", "failed", "corrupt"):
         queue.purge(state, 0)
@@ -5460,13 +5491,13 @@ class TestGlusterFS:
         """
         queue = cluster()
         for host in (1, 2):
-            queue.produce(host, 200, 0.02)
+            queue.produce(host, 250, 0.03)
             queue.work(host)
         queue.go()
         count = queue.finish()
         report("GlusterFS, slow stream", count)
         assert count.errors == []
-        assert count.acknowledged == count.delivered == 400
+        assert count.acknowledged == count.delivered == 500
         assert "split-brain" not in tool("fault", gluster, "heal", "s1")
         assert os.listdir(queue.root(1) / "pending") == os.listdir(queue.root(2) / "pending")
 
@@ -5646,6 +5677,36 @@ class TestAnswersThatAreLost:
         monkeypatch.setattr(os, "open", late)
         task = queue.pop()
         assert task and task.data == b"next"
+
+
+class TestDirectoriesThatAllHostsShare:
+    def test_no_bucket_is_made_twice(
+        self, directory: Path, clock: Time, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """A bucket that producers may still use is not removed, and none is made again under its name.
+
+        Hosts that remove and make one directory at a time split the copies of a replicated filesystem.
+        """
+        made: list[str] = []
+        real = os.mkdir
+
+        def mkdir(path: str, *arguments: int) -> None:
+            real(path, *arguments)
+            made.append(path)
+
+        monkeypatch.setattr(os, "mkdir", mkdir)
+        hosts = [FemtoQueue(directory, name) for name in ("a", "b")]
+        for _ in range(300):  # through two periods of 1,000 s
+            clock.advance(7)
+            for queue in hosts:
+                queue.push(b"x")
+                task = queue.pop()
+                assert task
+                queue.done(task)
+                assert queue.pop() is None
+        buckets = [path for path in made if "/pending/" in path]
+        print(f"{len(buckets)} buckets made for 600 tasks of 2 hosts, {len(set(buckets))} names")
+        assert len(buckets) == len(set(buckets)) <= 4
 
 
 class TestWhatListingsShow:
