@@ -778,13 +778,15 @@ class FemtoQueue:
     def _miss(self, claim: str) -> None:
         # The rename may have been done all the same, and its answer lost on a network.
         self._unsure.add(claim)
-        # Worker processes all try the same oldest name. Those skipped are found by the next listing.
-        self._misses = min(self._misses + 1, 3)
+        self._misses = min(self._misses + 1, 4)
+        if self._misses == 1:
+            return  # one stale name is no contention yet
         if not self._has_company:
             for owner in _list(self._dirs["in_progress"]):
                 self._note_company(owner.name)
+        # Worker processes all try the same oldest name. Those skipped are found by the next listing.
         if self._listing and self._has_company:
-            self._listing.skip(1 + os.urandom(1)[0] % 4**self._misses)
+            self._listing.skip(1 + os.urandom(1)[0] % 4 ** (self._misses - 1))
 
     def _bury(self, path: str, id: str) -> None:
         _log("%s has used up its %s attempts", id, self.max_attempts)
