@@ -761,8 +761,10 @@ class FemtoQueue:
             self._unsure.add(claim)
             _give_way(path, source)
             self._forget_listings()
-            if isinstance(error, FileNotFoundError) and not _exists(path):
-                return None  # we were stopped for longer than the lease, and it was taken
+            # It was taken: we were stopped for longer than the lease. Or, on Windows, is just being taken.
+            taken = (FileNotFoundError, PermissionError) if os.name == "nt" else FileNotFoundError
+            if isinstance(error, taken) and not _exists(path):
+                return None
             _add_path(error, path)
             raise
 
@@ -1056,7 +1058,12 @@ class FemtoQueue:
         return self._move(path, "pending", int(name[:16]), name)
 
     def _move(self, path: str, state: str, time_us: int, name: str) -> bool:
-        bucket = self._put(path, state, time_us, name)
+        try:
+            bucket = self._put(path, state, time_us, name)
+        except PermissionError:
+            if os.name != "nt":
+                raise
+            return False  # there, whoever works on the file keeps it from being renamed
         if bucket and self.sync_after_write:
             self._unsynced.update(dict.fromkeys((os.path.dirname(path), *bucket.directories())))
         return bucket is not None
@@ -1602,9 +1609,7 @@ def _unlink(path: str) -> bool:
 
 
 def _is_gone(error: OSError, path: str) -> bool:
-    """Does this error say that somebody else has `path`? ESTALE, over NFS, may mean just that."""
-    if os.name == "nt" and error.errno == errno.EACCES:
-        return True  # there, whoever has a file open keeps it from being renamed
+    """Does this error say that somebody else moved `path`? ESTALE, over NFS, may mean just that."""
     if error.errno == errno.ESTALE:
         return not _exists(path)
     return error.errno in (errno.ENOENT, errno.ENOTDIR)
