@@ -761,7 +761,7 @@ class FemtoQueue:
             self._unsure.add(claim)
             _give_way(path, source)
             self._forget_listings()
-            # It was taken: we were stopped for longer than the lease. Or, on Windows, is just being taken.
+            # We were stopped for longer than the lease. Or, on Windows, another is just taking it.
             taken = (FileNotFoundError, PermissionError) if os.name == "nt" else FileNotFoundError
             if isinstance(error, taken) and not _exists(path):
                 return None
