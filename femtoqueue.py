@@ -87,11 +87,11 @@ _BUCKET_TASKS = 1_000
 _BATCH = 1_000  # due or abandoned tasks that one pop moves at most
 _LOOK_US = 1_000_000  # between looks for due and abandoned tasks, while there is other work
 _SWEEP_US = 60_000_000
-_SETTLE_US = 2_000_000  # an empty directory must be older than this to be removed
+_LINGER_US = 2_000_000  # an empty directory must be older than this to be removed
 _ORPHAN_US = 86_400_000_000  # a half-written file whose writer cannot be judged
-_POLL_S = 0.008
+_POLL_S = 0.009
 _CHUNK = 1 << 20  # a larger payload is not kept in memory
-_SMALL = 1 << 12  # read at once; more costs a page fault each time, asking for the size a system call
+_SMALL = 4_096  # read at once; more costs a page fault each time, asking for the size a system call
 _WRITE_FLAGS = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
 # A FIFO or a link that carries a task's name must neither block the reader nor lead it elsewhere.
 _NO_FOLLOW = getattr(os, "O_NOFOLLOW", 0)
@@ -100,7 +100,6 @@ _READ_FLAGS = os.O_RDONLY | _NO_FOLLOW | getattr(os, "O_NONBLOCK", 0) | getattr(
 _LEGACY_MAGIC = b"\x01" + bytes(7)
 _LEGACY_HEADER = 24
 _LEGACY_NAME = "_<built-in method hex of bytes object at 0x"  # it meant to call that method
-_LEFT: tuple[str, str | None, tuple[str, ...]] = ("", None, ())
 _HEX = set("0123456789abcdef")
 _LAST_CLOCK_US = 7_258_118_400_000_000  # the year 2200: a stray name must not drag the clock along
 
@@ -131,9 +130,8 @@ class FemtoTask:
     """
 
     lost: bool = False
-    _payload_at = 0  # where in the file the payload begins
+    _begin = 0  # of the payload, in the file
     _copied = False  # somebody else may finish it
-    _leaving: tuple[str, str | None, tuple[str, ...]] | None = None  # verdict, target, what to sync
 
     def __init__(self, id: str, data: bytes | None, attempt: int = 1, path: str = "") -> None:
         self.id: str = id
@@ -141,16 +139,19 @@ class FemtoTask:
         self.path: str = path
         self._data = data
         self._forks = _forks
+        # Once begun: the verdict's name, where the file goes, which directories to sync.
+        self._verdict: tuple[str, str | None, tuple[str, ...]] | None = None
+        self._left = False  # in_progress/, for good
 
     @property
     def data(self) -> bytes:
         """The payload. One over 1 MiB is read, from `path`, each time it is asked for."""
         if self._data is not None:
             return self._data
-        if not os.path.exists(self.path):  # touched through another copy
+        if not _exists(self.path):  # touched through another copy
             self.path = _find_claim(os.path.dirname(self.path), self.id, self.attempt) or self.path
         with open(self.path, "rb") as file:
-            file.seek(self._payload_at)
+            file.seek(self._begin)
             return file.read()
 
     def __getstate__(self) -> dict[str, object]:
@@ -250,21 +251,19 @@ class FemtoQueue:
         me = _identity()
         self._owner = f"{self.node_id}~{me.pid}~{me.start}~{me.place}~{self._token}"
         self._own_dir = f"{self._dirs['in_progress']}/{self._owner}"
-        self._spool_prefix = f"{self._dirs['creating']}/{self._owner}~"
+        self._creating = f"{self._dirs['creating']}/{self._owner}~"
         self._producer = f"{self.node_id}_{os.urandom(6).hex()}"
         self._count = itertools.count()
-        self._buckets: dict[str, _Bucket] = {}
+        self._buckets: dict[str, _Bucket] = {}  # by state: where the next task goes
+        self._room = 0  # how many tasks may come before maxsize is looked at again
         self._listing: _Listing | None = None
         self._misses = 0  # claims in a row that another worker was quicker at
-        self._unsure: set[str] = set()  # claims whose rename failed, as far as we were told
         self._has_company = False  # of other processes that claim tasks
         self._has_hosts = False  # other machines or containers among them
-        self._look_at_us = 0
-        self._look_failed = False
-        self._sweep_at_us = 0
-        self._claimed_at_us = 0
+        self._unsure: set[str] = set()  # claims whose rename failed, as far as we were told
+        self._claimed_at_us = self._look_at_us = self._sweep_at_us = 0
         self._unsynced: dict[str, None] = {}  # directories of renames not synced, the old side first
-        self._room = 0
+        self._unconfirmed: dict[tuple[str, str], tuple[str, ...]] = {}  # the same, by call and id
 
     def _make_directories(self) -> None:
         made = _make_directory(self._root)
@@ -310,35 +309,44 @@ class FemtoQueue:
         path = f"{self._root}/clock-{_identity().boot}"
         offset_us = _read_offset(path)
         if offset_us is None:
-            newest_us = self._newest_us()
-            offset_us = max(_wall_us(), newest_us + 1) - _monotonic_us()
-            draft, _ = self._spool("%016d" % _wall_us(), (f"{offset_us}\n".encode(),))
+            offset_us = max(_wall_us(), self._newest_us() + 1) - _monotonic_us()
             try:
-                try:
-                    os.link(draft, path)  # whole at once like a rename, but the first one wins
-                except OSError:
-                    first = _read_offset(path)
-                    if first is None:  # broken, or a filesystem without hard links
-                        _rename(draft, path)
-                    else:
-                        offset_us = first
-            finally:
-                _discard(draft)
+                offset_us = self._share_offset(path, offset_us)
+            except OSError as error:
+                # Whoever may only look needs no clock that others share.
+                if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
+                    raise
         return _clocks.setdefault((self._root, offset_us), _Clock(offset_us))
+
+    def _share_offset(self, path: str, offset_us: int) -> int:
+        draft = self._creating + "%016d" % _wall_us()
+        self._write(draft, (f"{offset_us}\n".encode(),))
+        try:
+            try:
+                os.link(draft, path)  # whole at once like a rename, but the first one wins
+            except OSError:
+                first = _read_offset(path)
+                if first is not None:
+                    return first
+                _rename(draft, path)  # over a broken one, or on a filesystem without hard links
+        finally:
+            _discard(draft)
+        return offset_us
 
     def _newest_us(self) -> int:
         """A time that no task now in the queue is above, but for what is scheduled."""
-        names = ["0"]
+        times = [0]
         wall_us = _wall_us()
         for entry in _list(self._dirs["pending"]):
-            names.append(entry.name)
+            times.append(_time_us(entry.name))
             # A bucket's tasks are of one period: an older one cannot be ahead of the wall clock.
             if _is_bucket(entry) and int(entry.name) + _BUCKET_US > wall_us:
-                names += _names(entry.path)
-        for entry in _list(self._dirs["in_progress"]):
-            if _is_owner(entry.name):
-                names += _names(entry.path)
-        times = (int(name[:16]) for name in names if _is_digits(name[:16]))
+                times += map(_time_us, _names(entry.path))
+        for name, directory in self._files("in_progress"):
+            times.append(_time_us(name))
+            # A lease that began when the wall clock was ahead would last longer by so much.
+            if (claim := _parse(name)) and (info := _lstat(f"{directory}/{name}")):
+                times.append(min(info.st_ctime_ns // 1_000, claim[2]))
         return max(time_us for time_us in times if time_us < _LAST_CLOCK_US)
 
     def __repr__(self) -> str:
@@ -392,7 +400,7 @@ class FemtoQueue:
         self._check_open()
         if not self.sync_after_write:
             return [self.push(item) for item in items]
-        spooled: list[tuple[str, int, str]] = []
+        drafts: list[tuple[str, int, str]] = []  # path, time, id
         added: list[str] = []
         touched: set[str] = set()
         descriptors: list[int] = []
@@ -400,28 +408,30 @@ class FemtoQueue:
             try:
                 for item in items:
                     if self.maxsize:
-                        self._make_room(len(spooled))
+                        self._make_room(len(drafts))
                     time_us = self._clock.stamp()
                     stem = self._new_stem(time_us)
-                    path, crc = self._spool(stem, (_payload(item),), descriptors)
-                    spooled.append((path, time_us, f"{stem}.{crc:08x}"))
+                    path = self._creating + stem
+                    descriptor, crc = _create(path, (_payload(item),))
+                    descriptors.append(descriptor)
+                    drafts.append((path, time_us, f"{stem}.{crc:08x}"))
                     if len(descriptors) == 100:
                         _sync_files(descriptors)
                 _sync_files(descriptors)
             finally:
                 for descriptor in descriptors:
                     os.close(descriptor)
-            for path, time_us, id in spooled:
-                bucket = self._put(path, "pending", time_us, id)
+            for path, time_us, id in drafts:
+                bucket = self._enter(path, "pending", time_us, id)
                 if bucket is None:
                     raise _gone(path)
                 added.append(f"{bucket.path}/{id}")
                 touched.update(bucket.directories())
             _sync(*touched)
         except BaseException:
-            _discard(*reversed(added), *(path for path, _, _ in spooled))
+            _discard(*reversed(added), *(path for path, _, _ in drafts))
             raise
-        return [id for _, _, id in spooled]
+        return [id for _, _, id in drafts]
 
     def push_file(self, path: str | os.PathLike[str], *, move: bool = False) -> str:
         """Push a file's content, of any size, without holding it in memory.
@@ -447,13 +457,12 @@ class FemtoQueue:
             return id
         descriptor = _open_regular(source, _READ_FLAGS & ~_NO_FOLLOW)
         try:
-            time_us = self._clock.stamp()
-            id = self._add(time_us, _chunks(descriptor))
+            id = self._add(_chunks(descriptor), self._clock.stamp())
         finally:
             _close_reader(descriptor)
         if move:
             try:
-                os.unlink(source)
+                _unlink(source)
             except BaseException:
                 if _exists(source):
                     self.cancel(id)  # or there would be both the task and the file
@@ -467,9 +476,7 @@ class FemtoQueue:
         # Windows only syncs what is open for writing, and renames nothing that is open.
         descriptor = _open_regular(source, _READ_FLAGS | (os.O_RDWR if os.name == "nt" else 0))
         try:
-            crc = 0
-            for chunk in _chunks(descriptor):
-                crc = zlib.crc32(chunk, crc)
+            crc = _crc(descriptor)
             if self.sync_after_write:
                 os.fsync(descriptor)
         finally:
@@ -502,31 +509,33 @@ class FemtoQueue:
         """
         return self._schedule((_payload(data),), _due_us(time_us))
 
+    def _push(self, chunks: Iterable[bytes]) -> str:
+        self._check_open()
+        if self.maxsize:
+            self._make_room()
+        return self._add(chunks, self._clock.stamp())
+
     def _schedule(self, chunks: Iterable[bytes], due_us: int) -> str:
         self._check_open()
         now_us = self._clock.stamp()
         # The id is in queue time. Once the wall clock was set, that differs; in whole milliseconds, so
         # that the noise between two clock readings does not shuffle tasks that are due together.
         lead_us = round(now_us - _wall_us(), -3)
-        return self._add(max(now_us, due_us + lead_us), chunks, due_us)
+        return self._add(chunks, max(now_us, due_us + lead_us), due_us)
 
-    def _push(self, chunks: Iterable[bytes]) -> str:
-        self._check_open()
-        if self.maxsize:
-            self._make_room()
-        return self._add(self._clock.stamp(), chunks)
-
-    def _add(self, time_us: int, chunks: Iterable[bytes], due_us: int | None = None) -> str:
+    def _add(self, chunks: Iterable[bytes], time_us: int, due_us: int | None = None) -> str:
+        """Write a task and publish it: as pending, or as scheduled if it has a due time."""
         stem = self._new_stem(time_us)
-        path, crc = self._spool(stem, chunks)
-        id = "%s.%08x" % (stem, crc)
+        draft = self._creating + stem
         try:
+            id = "%s.%08x" % (stem, self._write(draft, chunks))
             if due_us is None:
-                self._publish(path, "pending", time_us, id)
+                self._publish(draft, "pending", time_us, id)
             else:
-                self._publish(path, "scheduled", due_us, _format(id, 0, due_us))
-        except BaseException:
-            _discard(path)
+                self._publish(draft, "scheduled", due_us, _format(id, 0, due_us))
+        except BaseException as error:
+            _discard(draft)
+            _add_path(error, draft)
             raise
         return id
 
@@ -534,50 +543,30 @@ class FemtoQueue:
         """An id but for its checksum."""
         return "%016d_%s%06x" % (time_us, self._producer, next(self._count))
 
-    def _spool(
-        self, stem: str, chunks: Iterable[bytes], descriptors: list[int] | None = None
-    ) -> tuple[str, int]:
-        """Write a file in creating/; return its path and CRC-32.
-
-        With `descriptors`, it is left open there for the caller, who syncs and closes many at once.
-        """
-        path = self._spool_prefix + stem
-        descriptor = os.open(path, _WRITE_FLAGS, 0o666)
+    def _write(self, path: str, chunks: Iterable[bytes]) -> int:
+        """Write a new file, for good; return its CRC-32."""
+        descriptor, crc = _create(path, chunks)
         try:
-            try:
-                crc = 0
-                for chunk in chunks:
-                    crc = zlib.crc32(chunk, crc)
-                    written = os.write(descriptor, chunk)
-                    while written < len(chunk):
-                        written += os.write(descriptor, memoryview(chunk)[written:])
-                if self.sync_after_write and descriptors is None:
-                    os.fsync(descriptor)
-            finally:
-                if descriptors is None:
-                    os.close(descriptor)  # where a network filesystem reports a failed write
-                else:
-                    descriptors.append(descriptor)
-        except BaseException as error:
-            _discard(path)
-            _add_path(error, path)
-            raise
-        return path, crc
+            if self.sync_after_write:
+                os.fsync(descriptor)
+        finally:
+            os.close(descriptor)  # where a network filesystem reports a failed write
+        return crc
 
-    def _publish(self, source: str, state: str, time_us: int, name: str, *also: str) -> None:
+    def _publish(self, draft: str, state: str, time_us: int, name: str, *also: str) -> None:
         """Make a whole file a task, for good; if that fails, it is no task."""
-        bucket = self._put(source, state, time_us, name)
+        bucket = self._enter(draft, state, time_us, name)
         if bucket is None:
-            raise _gone(source)
+            raise _gone(draft)
         if self.sync_after_write:
             try:
                 _sync(*also, *bucket.directories())
             except BaseException:
                 # Withdrawn, unless a worker has it already. A file to be moved is where it was.
-                _give_way(f"{bucket.path}/{name}", source)
+                _rename_back(f"{bucket.path}/{name}", draft)
                 raise
 
-    def _put(self, source: str, state: str, time_us: int, name: str) -> _Bucket | None:
+    def _enter(self, source: str, state: str, time_us: int, name: str) -> _Bucket | None:
         """Rename `source` into a bucket of `state`; None if it is gone."""
         bucket = self._bucket(state, time_us)
         for _ in range(4):
@@ -588,7 +577,7 @@ class FemtoQueue:
                 if _rename(source, target):
                     return bucket
             except BaseException:
-                _give_way(target, source)
+                _rename_back(target, source)
                 raise
             if not bucket.made:
                 bucket.made = True
@@ -603,16 +592,14 @@ class FemtoQueue:
         return None
 
     def _bucket(self, state: str, time_us: int) -> _Bucket:
-        """Choose a directory for a task of this time.
+        """The directory in hand for tasks of this time, or the next one.
 
         Everybody begins with the bucket of the current period, and goes on to others of up to
         1,000 tasks, so that no directory becomes large. In scheduled/ the periods are a tenth of the
         wait or shorter: a bucket that has begun soon falls due as a whole.
         """
         bucket = self._buckets.get(state)
-        if bucket is None or not (
-            bucket.start_us <= time_us < bucket.end_us and bucket.used < bucket.room
-        ):
+        if bucket is None or not bucket.accepts(time_us):
             bucket = self._buckets[state] = self._next_bucket(state, time_us, bucket)
         bucket.used += 1
         if time_us > bucket.newest_us:
@@ -665,73 +652,106 @@ class FemtoQueue:
         return self._pop(timeout)
 
     def _pop(self, timeout: float | None, stopped: Sequence[int] = ()) -> FemtoTask | None:
-        end_s = None if timeout is None else time.monotonic() + timeout
-        while not stopped:
-            self._check_open()
+        end_s = timeout and time.monotonic() + timeout
+        errors: list[OSError] = []
+        try:
+            while not stopped:
+                self._check_open()
+                task = self._claim_oldest(errors)
+                if task is not None:
+                    return task
+                over = end_s is not None and (end_s == 0 or time.monotonic() >= end_s)
+                found = self._look(errors) if over else self._promote(errors)
+                _raise_unless(found, errors)
+                if not found and over:
+                    return None
+                if not found:
+                    self._rest(end_s, stopped)
+            return None
+        finally:
+            errors.clear()  # the frames in their tracebacks hold this list, and this object
+
+    def _claim_oldest(self, errors: list[OSError]) -> FemtoTask | None:
+        """Look if it is time to, and claim the oldest task there is; None if there is none.
+
+        Upon an error all is tried once more, for a passing fault must not change the order. What then
+        fails again is passed over: one file that this user may not read must not stop the others.
+        """
+        for patience in (0, _BATCH):
             now_us = self._clock.stamp()
             if now_us >= self._look_at_us:
-                self._look()
-            begun_s = time.time()
-            if task := self._take(now_us):
-                return task
-            if end_s is not None and (timeout == 0 or time.monotonic() >= end_s):
-                if not self._look():
-                    return None
-            elif not self._promote():
-                self._rest(begun_s, end_s, stopped)
-        return None
+                self._look(errors)
+            task = self._take(now_us, errors, patience)
+            if task is not None or not errors or patience:
+                break
+            errors.clear()
+            self._listing = None
+            self._look_at_us = 0
+        if errors:
+            _raise_unless(task, errors)
+        return task
 
-    def _rest(self, begun_s: float, end_s: float | None, stopped: Sequence[int]) -> None:
+    def _rest(self, end_s: float | None, stopped: Sequence[int]) -> None:
         """Sleep until there may be something to do; for a tenth of a second at most.
 
         A change of the directories' times ends it. They are only trusted to come early: a filesystem's
         time moves in steps, so what changed just now is listed again, and so is everything in the end.
         """
         listing = self._listing
-        directories = listing.directories if listing else []
-        before = _modified(directories)
-        settled = bool(before) and max(before) < begun_s - 0.02
-        for _ in range(12 if settled else 1):
-            left_s = (self._look_at_us - self._clock.now()) / 1e6
-            if end_s is not None:
-                left_s = min(left_s, end_s - time.monotonic())
+        before = _modified(listing.directories) if listing else []
+        steady = listing is not None and bool(before) and max(before) < listing.begun_s - 0.02
+        left_s = (self._look_at_us - self._clock.now()) / 1e6
+        if end_s is not None:
+            left_s = min(left_s, end_s - time.monotonic())
+        turns = int(left_s / _POLL_S) if steady else 0
+        for _ in range(max(1, min(turns, 11))):
             time.sleep(max(0.0, min(left_s, _POLL_S)))
-            if left_s <= _POLL_S or stopped or _modified(directories) != before:
+            if stopped or not listing or _modified(listing.directories) != before:
                 break
 
-    def _take(self, now_us: int) -> FemtoTask | None:
-        """Claim the oldest task there is; None if a listing begun here has nothing to claim."""
+    def _take(self, now_us: int, errors: list[OSError], patience: int) -> FemtoTask | None:
+        """Claim the oldest task there is; None if a listing begun here has nothing to claim.
+
+        None as well when there are more errors than `patience`.
+        """
         listing = self._listing
         tried: set[str] = set()
         quiet = 0  # listings in a row with nothing new
         begun = False
-        while True:
+        while len(errors) <= patience:
             new = False
-            while listing and (found := listing.next()):
-                name, directory = found
-                if name in tried:
-                    continue  # listed although it is gone, as network filesystems do
-                task = self._claim(directory, name, now_us)
-                if task is not None:
-                    return task
+            while listing and len(errors) <= patience:
+                try:
+                    if (found := listing.next()) is None:
+                        break
+                    name, directory = found
+                    if name in tried:
+                        continue  # listed although it is gone, as network filesystems do
+                    task = self._claim(directory, name, now_us)
+                    if task is not None:
+                        return task
+                except OSError as error:
+                    errors.append(error)
+                    continue
                 tried.add(name)
                 new = True
             if listing:
                 self._remove_empty(listing.empty, now_us)
             quiet = 0 if new or (listing and listing.skipped) else quiet + begun
             if quiet and (quiet == 3 or not (listing and listing.hides)):
-                return None
+                break
             # What is stamped in the future twice over comes from a machine whose clock is ahead.
             horizon_us = None if quiet == 2 else self._clock.now()
             listing = self._listing = _Listing(self._dirs["pending"], horizon_us)
             begun = True
+        return None
 
     def _remove_empty(self, buckets: list[str], now_us: int) -> None:
         # Not while their producers may be about to use them: for shared ones, until the period is over.
         for bucket in buckets:
             start_us = int(bucket[-16:])
             width = _BUCKET_US if bucket.startswith(self._dirs["pending"]) else _CLOSE_US
-            if now_us - start_us > _SETTLE_US + (0 if start_us % width else width):
+            if now_us - start_us > _LINGER_US + (0 if start_us % width else width):
                 _remove_directory(bucket)
 
     def _claim(self, directory: str, name: str, now_us: int) -> FemtoTask | None:
@@ -759,8 +779,7 @@ class FemtoQueue:
         except BaseException as error:
             # It was not delivered: back as it was, now, or at the next look, or after the lease.
             self._unsure.add(claim)
-            _give_way(path, source)
-            self._forget_listings()
+            _rename_back(path, source)
             # We were stopped for longer than the lease. Or, on Windows, another is just taking it.
             taken = (FileNotFoundError, PermissionError) if os.name == "nt" else FileNotFoundError
             if isinstance(error, taken) and not _exists(path):
@@ -812,17 +831,18 @@ class FemtoQueue:
             data: bytes | None = os.read(descriptor, _SMALL)
             if not data or len(data) == _SMALL:
                 data = _read_more(descriptor, path, data or b"")
-            if data is not None and id.endswith(".%08x" % zlib.crc32(data)):
-                return FemtoTask(id, data, attempt, path)
-            skip = _check(id, _chunks(descriptor) if data is None else (data,))
+            crc = _crc(descriptor) if data is None else zlib.crc32(data)
+            begin = 0 if id.endswith(".%08x" % crc) else _find_payload(descriptor, id)
         finally:
             os.close(descriptor)
-        if skip is None:
+        if begin is None:
             _log("%s does not match its checksum; it is in corrupt/", id)
             self._file_away(path, "corrupt", id)
             return None
-        task = FemtoTask(id, data and data[skip:], attempt, path)
-        task._payload_at = skip
+        task = FemtoTask(id, data, attempt, path)
+        if begin:
+            task._begin = begin
+            task._data = data and data[begin:]
         return task
 
     def _was_finished(self, descriptor: int, id: str) -> bool:
@@ -834,8 +854,8 @@ class FemtoQueue:
         info = os.fstat(descriptor)
         if info.st_nlink > 1:
             for state in ("done", "failed"):
-                path = f"{self._dirs[state]}/{id}"
-                if _exists(path) and os.path.samestat(os.lstat(path), info):
+                other = _lstat(f"{self._dirs[state]}/{id}")
+                if other and os.path.samestat(other, info):
                     return True
         return False
 
@@ -856,9 +876,8 @@ class FemtoQueue:
         self._finish(task, "failed", self.keep_failed)
 
     def _finish(self, task: FemtoTask, state: str, keep: bool) -> None:
-        directory = self._dirs[state]
         if keep:
-            self._leave(task, state, f"{directory}/{task.id}", (directory,))
+            self._leave(task, state, f"{self._dirs[state]}/{task.id}", (self._dirs[state],))
         else:
             self._leave(task, state, None, ())
 
@@ -879,7 +898,7 @@ class FemtoQueue:
             state, time_us = "scheduled", _wall_us() + delay_us
             name = _format(task.id, task.attempt, time_us)
         else:
-            state, time_us = "pending", int(task.id[:16])
+            state, time_us = "pending", _time_us(task.id)
             name = _format(task.id, task.attempt)
         bucket = self._bucket(state, time_us)
         if self.sync_after_write:
@@ -906,13 +925,13 @@ class FemtoQueue:
     ) -> None:
         """Take `task` out of in_progress/: to `target`, or away. Then sync the directories touched."""
         self._check_open()
-        before = task._leaving
-        if before == _LEFT:
+        if task._left:
             raise NotInProgress(f"{task.id} was finished already")
+        before = task._verdict
         again = before is not None and before[0] == verdict  # the call before this one raised
         if before and again:
             _, target, directories = before
-        task._leaving = (verdict, target, directories)
+        task._verdict = (verdict, target, directories)
         source = task.path
         for _ in range(4):
             if _rename(source, target) if target else _unlink(source):
@@ -923,7 +942,7 @@ class FemtoQueue:
                 # Was the rename done in spite of an error, or of the answer that there is no such file?
                 sure = self._is_still_ours(task) or (again and target)
                 if not sure or (target and not _exists(target)):
-                    task._leaving = before
+                    task._verdict = before
                     raise
                 break
             if target and _make_directory(os.path.dirname(target)) and self.sync_after_write:
@@ -932,7 +951,7 @@ class FemtoQueue:
             raise _gone(target or source)
         if self.sync_after_write:
             self._sync_unsynced(os.path.dirname(source), *directories)
-        task._leaving = _LEFT
+        task._left = True
 
     def _sync_unsynced(self, *directories: str) -> None:
         """Sync these, and both sides of the renames that were left to be synced.
@@ -967,50 +986,44 @@ class FemtoQueue:
 
     # --- back: due tasks, dead and hung workers ---------------------------------------------------
 
-    def _look(self) -> bool:
+    def _look(self, errors: list[OSError]) -> bool:
         """Bring back what is due or abandoned; tell if anything became pending."""
         now_us = self._clock.now()
         self._listing = None  # another process may have put a task back at its old place
-        try:
-            if now_us >= self._sweep_at_us:
-                self._sweep(now_us)
-                self._sweep_at_us = now_us + _SWEEP_US
-            recovered = self._recover(now_us)
-            self._look_at_us = now_us + _LOOK_US
-            promoted = self._promote()
-        except BaseException:
-            # The next pop tries again. If that fails too, what is pending has its turn before.
-            self._look_at_us = now_us + _LOOK_US if self._look_failed else 0
-            self._look_failed = True
-            raise
-        self._look_failed = False
-        return promoted or recovered
+        self._look_at_us = now_us + _LOOK_US
+        if now_us >= self._sweep_at_us:
+            self._sweep_at_us = now_us + _SWEEP_US
+            self._sweep(now_us, errors)
+        recovered = self._recover(now_us, errors)
+        return self._promote(errors) or recovered
 
-    def _recover(self, now_us: int) -> bool:
+    def _recover(self, now_us: int, errors: list[OSError]) -> bool:
         """Take back the tasks of owners that are gone, and those whose lease ran out."""
-        moved = 0
+        back: list[tuple[str, str]] = []
         unsure, self._unsure = self._unsure, set()
         self._has_company = False
-        for owner in _list(self._dirs["in_progress"]):
+        for owner in _list(self._dirs["in_progress"], errors):
             if not _is_owner(owner.name) or not owner.is_dir(follow_symlinks=False):
                 continue
-            mine = owner.name == self._owner
             self._note_company(owner.name)
+            mine = owner.name == self._owner
             alive = _is_alive(owner.name, self.node_id)
-            names = _names(owner.path)
-            for name in sorted(names):
-                parsed = _parse(name)
-                if parsed is None or moved >= _BATCH:
-                    continue
-                id, used, deadline_us = parsed
-                undelivered = mine and name in unsure
-                if undelivered or alive is False or deadline_us < now_us:
-                    back = _format(id, used - 1 if undelivered else used)
-                    moved += self._put_back(f"{owner.path}/{name}", back)
-            idle = mine and now_us - self._claimed_at_us > _SETTLE_US
+            names = _names(owner.path, errors)
+            for name in names:
+                if parsed := _parse(name):
+                    id, used, deadline_us = parsed
+                    undelivered = mine and name in unsure
+                    lease_is_over = deadline_us < now_us
+                    if undelivered or alive is False or lease_is_over:
+                        before = _format(id, used - 1 if undelivered else used)
+                        back.append((before, f"{owner.path}/{name}"))
+            idle = mine and now_us - self._claimed_at_us > _LINGER_US
             if not names and (idle or alive is False):
                 _remove_directory(owner.path)
-        return self._moved(moved)
+        found = self._make_pending(sorted(back)[:_BATCH], errors)
+        if errors:
+            self._unsure |= unsure
+        return found
 
     def _note_company(self, owner: str) -> None:
         if _is_owner(owner):
@@ -1019,61 +1032,69 @@ class FemtoQueue:
             self._has_hosts |= place != me.place
             self._has_company |= (pid, start, place) != (str(me.pid), me.start, me.place)
 
-    def _promote(self) -> bool:
-        """Make due tasks pending, earliest first; sort those not due yet into closer buckets."""
+    def _promote(self, errors: list[OSError]) -> bool:
+        """Make due tasks pending, earliest first; tell if there were any."""
         now_us = _wall_us()
+        due, next_due_us = self._find_due(now_us, errors)
+        self._look_at_us = min(self._look_at_us, self._clock.now() + max(0, next_due_us - now_us))
+        return self._make_pending([(name, path) for _, name, path in sorted(due)[:_BATCH]], errors)
+
+    def _find_due(self, now_us: int, errors: list[OSError]) -> tuple[list[tuple[int, str, str]], int]:
+        """What is due, as (due time, name, path), and when the next one will be.
+
+        What is found not to be due yet is sorted into closer buckets, not to be read at each look.
+        """
         top = self._dirs["scheduled"]
-        due: list[tuple[int, str, str]] = []
-        moved_closer = 0
         now_text = "%016d" % now_us
-        entries = _list(top)
-        later = min((entry.name[:16] for entry in entries if entry.name[:16] > now_text), default="")
-        next_due_us = int(later) if _is_digits(later, 16) else _MAX_US
+        due: list[tuple[int, str, str]] = []
+        entries = _list(top, errors)
+        starts = (_time_us(entry.name) for entry in entries if entry.name[:16] > now_text)
+        next_due_us = min(filter(None, starts), default=_MAX_US)
+        moved_closer = 0
         begun = [entry for entry in entries if entry.name[:16] <= now_text]
         for entry in sorted(begun, key=lambda entry: entry.name):
             if len(due) >= _BATCH:
                 break  # the rest when these are gone, or at the next look
-            is_bucket = _is_bucket(entry)
-            names = _names(entry.path) if is_bucket else [entry.name] if _is_file(entry) else []
-            if is_bucket and not names:
-                self._remove_empty([entry.path], now_us)
+            if _is_bucket(entry):
+                directory, names = entry.path, _names(entry.path, errors)
+                if not names:
+                    self._remove_empty([directory], now_us)
+            else:
+                directory, names = top, [entry.name] if _is_file(entry) else []
             for name in names:
-                parsed = _parse(name)
-                if parsed is None:
+                if (parsed := _parse(name)) is None:
                     continue
                 id, used, due_us = parsed
-                path = f"{entry.path}/{name}" if is_bucket else entry.path
+                path = f"{directory}/{name}"
                 if due_us <= now_us:
                     due.append((due_us, _format(id, used), path))
                     continue
                 next_due_us = min(next_due_us, due_us)
-                if moved_closer < _BATCH and _period("scheduled", due_us)[0] > int(entry.name[:16]):
-                    moved_closer += self._move(path, "scheduled", due_us, name)
-        moved = sum(self._put_back(path, name) for _, name, path in sorted(due)[:_BATCH])
-        self._look_at_us = min(self._look_at_us, self._clock.now() + max(0, next_due_us - now_us))
-        return self._moved(moved)
+                if moved_closer < _BATCH and _period("scheduled", due_us)[0] > _time_us(entry.name):
+                    moved_closer += self._move(path, "scheduled", due_us, name, errors)
+        return due, next_due_us
 
-    def _put_back(self, path: str, name: str) -> bool:
-        """Make a task pending, at its old place; False if it is not there any more."""
-        return self._move(path, "pending", int(name[:16]), name)
-
-    def _move(self, path: str, state: str, time_us: int, name: str) -> bool:
-        try:
-            bucket = self._put(path, state, time_us, name)
-        except PermissionError:
-            if os.name != "nt":
-                raise
-            return False  # there, whoever works on the file keeps it from being renamed
-        if bucket and self.sync_after_write:
-            self._unsynced.update(dict.fromkeys((os.path.dirname(path), *bucket.directories())))
-        return bucket is not None
-
-    def _moved(self, count: int) -> bool:
-        if count:
+    def _make_pending(self, tasks: list[tuple[str, str]], errors: list[OSError]) -> bool:
+        """Move tasks, given by name and path, to their old places; tell if any was moved."""
+        moved = sum(self._move(path, "pending", _time_us(name), name, errors) for name, path in tasks)
+        if moved:
             self._forget_listings()
             if self.sync_after_write:
                 self._sync_unsynced()
-        return count > 0
+        return moved > 0
+
+    def _move(self, path: str, state: str, time_us: int, name: str, errors: list[OSError]) -> bool:
+        """Rename a task that nobody claims; False if it is not there any more, or cannot be moved."""
+        try:
+            bucket = self._enter(path, state, time_us, name)
+        except OSError as error:
+            # On Windows, whoever works on the file keeps it from being renamed.
+            if os.name != "nt" or not isinstance(error, PermissionError):
+                errors.append(error)
+            return False
+        if bucket and self.sync_after_write:
+            self._unsynced.update(dict.fromkeys((os.path.dirname(path), *bucket.directories())))
+        return bucket is not None
 
     def _forget_listings(self) -> None:
         """A task went back to its old place, which may be before all that is in hand here."""
@@ -1081,14 +1102,19 @@ class FemtoQueue:
             if queue._root == self._root:
                 queue._listing = None
 
-    def _sweep(self, now_us: int) -> None:
-        """Delete what dead writers left half-written."""
-        for entry in _list(self._dirs["creating"]):
+    def _sweep(self, now_us: int, errors: list[OSError]) -> None:
+        """Delete what dead writers left half-written, and the empty directories of forgotten owners."""
+        for entry in _list(self._dirs["creating"], errors):
             owner, _, stamp = entry.name.rpartition("~")
             if _is_owner(owner) and _is_digits(stamp[:16], 16) and _is_file(entry):
                 alive = _is_alive(owner, self.node_id)
                 if alive is False or (alive is None and now_us - int(stamp[:16]) > _ORPHAN_US):
                     _discard(entry.path)
+        for entry in _list(self._dirs["in_progress"], errors):
+            if _is_owner(entry.name) and _is_alive(entry.name, self.node_id) is None:
+                info = _lstat(entry.path)
+                if info and _wall_us() - info.st_mtime_ns // 1_000 > _ORPHAN_US:
+                    _remove_directory(entry.path)
 
     # --- looking ----------------------------------------------------------------------------------
 
@@ -1119,9 +1145,11 @@ class FemtoQueue:
         found: Iterable[tuple[str, str]]
         if state == "pending":
             found = iter(_Listing(self._dirs[state]).next, None)
+        elif state == "scheduled":
+            dated = [(parsed[2], *file) for file in self._files(state) if (parsed := _parse(file[0]))]
+            found = [(name, directory) for _, name, directory in sorted(dated)]
         else:
-            by_time = state == "scheduled"
-            found = sorted(self._files(state), key=lambda file: _order(file[0], by_time))
+            found = sorted(self._files(state))
         last = ""
         for name, directory in found:
             # The same name twice running: readdir of a distributed filesystem.
@@ -1155,7 +1183,9 @@ class FemtoQueue:
             return
         for state in (*states, *states):
             if state in _FINISHED:
-                if _is_regular(path := f"{self._dirs[state]}/{id}"):
+                path = f"{self._dirs[state]}/{id}"
+                info = _lstat(path)
+                if info and stat.S_ISREG(info.st_mode):
                     yield state, path
                 continue
             until = f"{id}~" if state == "pending" else "~"  # buckets hold nothing older
@@ -1197,28 +1227,42 @@ class FemtoQueue:
 
     def cancel(self, id: str) -> bool:
         """Drop a pending or scheduled task; False if there is none of this id to drop."""
-        self._check_open()
-        for _, path in self._find(id, _BUCKETED):
-            if _unlink(path):
-                if self.sync_after_write:
-                    _sync(os.path.dirname(path))
-                return True
-        return False
+
+        def drop(path: str) -> tuple[str, ...]:
+            return (os.path.dirname(path),) if _unlink(path) else ()
+
+        return self._change("cancel", id, _BUCKETED, drop)
 
     def requeue(self, id: str) -> bool:
         """Make a failed, corrupt or done task pending again, at its old place, with no attempt used.
 
         False if there is none of this id. A corrupt one must have been repaired, or is corrupt again.
         """
+
+        def revive(path: str) -> tuple[str, ...]:
+            bucket = self._enter(path, "pending", _time_us(id), id)
+            self._forget_listings()
+            return (os.path.dirname(path), *bucket.directories()) if bucket else ()
+
+        return self._change("requeue", id, ("failed", "corrupt", "done"), revive)
+
+    def _change(
+        self, call: str, id: str, states: Sequence[str], change: Callable[[str], tuple[str, ...]]
+    ) -> bool:
+        """Apply `change` to the task in one of these states, and sync the directories it returns.
+
+        Should that fail, the same call made again does it.
+        """
         self._check_open()
-        for _, path in self._find(id, ("failed", "corrupt", "done")):
-            bucket = self._put(path, "pending", int(id[:16]), id)
-            if bucket:
-                self._forget_listings()
-                if self.sync_after_write:
-                    _sync(os.path.dirname(path), *bucket.directories())
-                return True
-        return False
+        found = (change(path) for _, path in self._find(id, states))
+        touched = next(filter(None, found), ()) + self._unconfirmed.pop((call, id), ())
+        if self.sync_after_write and touched:
+            try:
+                _sync(*touched)
+            except BaseException:
+                self._unconfirmed[call, id] = touched
+                raise
+        return bool(touched)
 
     def purge(self, state: str, older_than_s: float) -> int:
         """Delete the tasks of done/, failed/ or corrupt/ that were finished so many seconds ago.
@@ -1240,8 +1284,8 @@ class FemtoQueue:
                 finished_s = info.st_mtime if os.name == "nt" else info.st_ctime
                 if finished_s <= until_s:
                     count += _unlink(entry.path)
-        if count and self.sync_after_write:
-            _sync(self._dirs[state])
+        if self.sync_after_write:
+            _sync(self._dirs[state])  # even if there was nothing: the call before may have failed here
         return count
 
     def join(self, timeout: float | None = None) -> bool:
@@ -1271,13 +1315,15 @@ class FemtoQueue:
             return
         self._closed = True
         _objects.pop(self._owner, None)  # from here on it is judged dead, should this be cut short
-        for name in _names(self._own_dir):
-            if parsed := _parse(name):
-                self._put_back(f"{self._own_dir}/{name}", _format(*parsed[:2]))
+        errors: list[OSError] = []
+        claims = [(name, claim) for name in _names(self._own_dir) if (claim := _parse(name))]
+        back = [(_format(id, used), f"{self._own_dir}/{name}") for name, (id, used, _) in claims]
+        self._make_pending(back, errors)
+        if errors:
+            raise errors[0].with_traceback(None)
         if self.sync_after_write:
             self._sync_unsynced()
         _remove_directory(self._own_dir)
-        self._forget_listings()
 
     def _check_open(self) -> None:
         if self._closed:
@@ -1300,45 +1346,36 @@ class FemtoQueue:
         `max_attempts` are used up. While it runs, the lease is kept alive; `task.lost` tells a handler
         that it was lost all the same, because the process was stopped for longer.
 
-        In the main thread, SIGTERM and SIGINT let the handler finish and then end the loop. A second
-        one gives the task back at once, and raises SystemExit or KeyboardInterrupt.
+        In the main thread, SIGTERM, SIGINT and SIGHUP let the handler finish and then end the loop. A
+        second one gives the task back at once, and raises SystemExit or KeyboardInterrupt.
 
         Parameters
         ----------
         handler : callable
-            Takes a FemtoTask. What it returns is ignored.
+            Takes a FemtoTask. What it returns is ignored. It may finish the task itself.
         until_empty : bool
             Return when nothing is pending or due, instead of waiting for more.
 
         Returns
         -------
         int
-            How many tasks were done.
+            How many tasks were handled without an exception, and in time.
         """
-        count = 0
-        import threading
-
         if not callable(handler):
             raise TypeError(f"handler: expected a callable, got {type(handler).__name__}")
+        import threading
+
         current: list[FemtoTask] = []
         ended = threading.Event()
         heart = threading.Thread(target=self._keep_alive, args=(current, ended), daemon=True)
         heart.start()
+        count = 0
         try:
             with _StopOnSignals() as signals:
-                while not signals:
-                    task = self._pop(0.0 if until_empty else None, signals)
-                    if task is None:
-                        break
+                while task := self._pop(0.0 if until_empty else None, signals):
                     current[:] = [task]
                     try:
                         count += self._handle(task, handler)
-                    except BaseException:
-                        try:
-                            self._give_back(task, 0)
-                        except NotInProgress:
-                            pass  # it was finished before the exception came
-                        raise
                     finally:
                         current.clear()
         finally:
@@ -1352,14 +1389,23 @@ class FemtoQueue:
                 handler(task)
             except Exception as error:
                 _log("%s: attempt %s failed: %s", task.id, task.attempt, error, error=error)
-                delay_ms = min(1_000 * 2 ** min(task.attempt - 1, 12), 3_600_000)
-                self.retry(task, delay_ms * (0.5 + os.urandom(1)[0] / 255))
+                if not task._left:
+                    delay_ms = min(1_000 * 2 ** min(task.attempt - 1, 12), 3_600_000)
+                    self.retry(task, delay_ms * (0.5 + os.urandom(1)[0] / 255))
                 return False
-            self.done(task)
+            if not task._left:
+                self.done(task)
+            return True
         except NotInProgress:
             _log("%s: its lease was lost while it was handled", task.id)
             return False
-        return True
+        except BaseException:
+            try:
+                if not task._left:
+                    self._give_back(task, 0)
+            except NotInProgress:
+                pass  # it was finished before the exception came
+            raise
 
     def _keep_alive(self, current: list[FemtoTask], ended: threading.Event) -> None:
         while not ended.wait(self._lease_us / 3e6):
@@ -1388,18 +1434,23 @@ def _parse(name: str) -> tuple[str, int, int] | None:
     A name without a time, as shell scripts and the original make them, is due at the time in its id.
     """
     id, tilde, rest = name.partition("~")
-    digits = id[:16]
     # isprintable: an id is one line anywhere, and a name that is not UTF-8 is no id.
-    if not (digits.isdigit() and id[16:17] == "_" and id[17:] and id.isprintable() and "/" not in id):
+    if not (id[:16].isdigit() and id[16:17] == "_" and len(id) > 17 and id.isprintable()):
         return None
-    if not (len(id) <= _MAX_ID if id.isascii() else digits.isascii() and len(id.encode()) <= _MAX_ID):
+    if not (len(id) <= _MAX_ID if id.isascii() else _time_us(id) and len(id.encode()) <= _MAX_ID):
         return None
     if not tilde:
-        return id, 0, int(digits)
+        return id, 0, int(id[:16])
     used, tilde, time_text = rest.partition("~")
     if not _is_digits(used) or len(used) > 9 or (tilde and not _is_digits(time_text, 16)):
         return None
-    return id, int(used), int(time_text or digits)
+    return id, int(used), int(time_text or id[:16])
+
+
+def _time_us(name: str) -> int:
+    """The time that the name of a task or a bucket begins with; 0 for other names."""
+    digits = name[:16]
+    return int(digits) if _is_digits(digits, 16) else 0
 
 
 def _is_digits(text: str, length: int | None = None) -> bool:
@@ -1446,39 +1497,34 @@ def _read_more(descriptor: int, path: str, data: bytes) -> bytes | None:
     return data + b"".join(_chunks(descriptor))
 
 
-def _check(id: str, chunks: Iterable[bytes]) -> int | None:
-    """Where in the file the payload begins, or None if the file is broken.
+def _crc(descriptor: int) -> int:
+    crc = 0
+    for chunk in _chunks(descriptor):
+        crc = zlib.crc32(chunk, crc)
+    return crc
 
-    Ours carries its CRC-32 in the id. The original wrote a header with an MD5 digest before it. What
-    anybody else put there is taken as it is.
+
+def _find_payload(descriptor: int, id: str) -> int | None:
+    """Where the payload begins in a file whose id does not tell its CRC-32; None if it is broken.
+
+    The original wrote a header with an MD5 digest before it. What anybody else put there is taken as
+    it is.
     """
     stem, _, crc_text = id.rpartition(".")
     nonce = stem.rpartition("_")[2]
-    checked = len(crc_text) == 8 and len(nonce) >= 18 and not set(crc_text + nonce) - _HEX
-    crc = 0
-    head = b""
-    digest = None
-    for chunk in chunks:
-        if checked:
-            crc = zlib.crc32(chunk, crc)
-        elif digest is not None:
+    if len(crc_text) == 8 and len(nonce) >= 18 and not set(crc_text + nonce) - _HEX:
+        return None  # it does tell, and another one
+    os.lseek(descriptor, 0, os.SEEK_SET)
+    header = os.read(descriptor, _LEGACY_HEADER)
+    if header.startswith(_LEGACY_MAGIC):
+        import hashlib
+
+        digest = hashlib.md5(usedforsecurity=False)
+        for chunk in _chunks(descriptor):
             digest.update(chunk)
-        elif not head:
-            head = chunk[:_LEGACY_HEADER]
-            if len(head) == _LEGACY_HEADER and head.startswith(_LEGACY_MAGIC):
-                import hashlib
-
-                digest = hashlib.md5(chunk[_LEGACY_HEADER:], usedforsecurity=False)
-    if checked:
-        return 0 if crc == int(crc_text, 16) else None
-    if digest is not None and digest.digest() == head[len(_LEGACY_MAGIC) :]:
-        return _LEGACY_HEADER
+        if header == _LEGACY_MAGIC + digest.digest():
+            return _LEGACY_HEADER
     return None if _LEGACY_NAME in id else 0
-
-
-def _order(name: str, by_time: bool) -> tuple[int, str]:
-    parsed = _parse(name) if by_time else None
-    return (parsed[2] if parsed else 0, name)
 
 
 class _Bucket:
@@ -1489,25 +1535,28 @@ class _Bucket:
         self.path = "%s/%016d" % (parent, start_us)
         self.start_us = start_us
         self.end_us = end_us
-        self.shared = shared
+        self.shared = shared  # with all producers of this period
         # Durable producers leave the shared one soon: there each task costs a sync more.
         self.room = 1 if durable and shared else _BUCKET_TASKS
         self.used = 0
         self.newest_us = start_us
         self.made = False  # by us, or found
-        self.settled = False  # its own entry is on disk
+        self.durable = False  # its own entry is on disk
+
+    def accepts(self, time_us: int) -> bool:
+        return self.start_us <= time_us < self.end_us and self.used < self.room
 
     def prepare(self) -> None:
         """Make sure that no task is moved below a directory that a power cut would take away."""
-        if not self.settled:
+        if not self.durable:
             _make_directory(self.path)
             _sync(self.parent)
             self.made = True
-            self.settled = not self.shared  # which another producer may have made just now
+            self.durable = not self.shared  # which another producer may have made just now
 
     def directories(self) -> tuple[str, ...]:
         """What to sync after a task was put here."""
-        return (self.path,) if self.settled else (self.path, self.parent)
+        return (self.path,) if self.durable else (self.path, self.parent)
 
 
 def _period(state: str, time_us: int) -> tuple[int, int]:
@@ -1526,12 +1575,12 @@ class _Listing:
     """
 
     def __init__(self, directory: str, horizon_us: int | None = None) -> None:
+        self.begun_s = time.time()
         self.hides = False
         self.skipped = False
         self.empty: list[str] = []
-        self._end = "~" if horizon_us is None else "%016d~" % horizon_us
-        self._directory = directory
         self.directories = [directory]
+        self._end = "~" if horizon_us is None else "%016d~" % horizon_us
         self._lock = _thread.allocate_lock()
         # All of these in descending order, so that the next one is the last.
         self._final: list[tuple[str, str]] = []  # nothing that is not in here yet is smaller
@@ -1547,7 +1596,10 @@ class _Listing:
         self._take_up(loose, directory)
 
     def next(self) -> tuple[str, str] | None:
-        """Name and directory of the next one. Any thread may ask."""
+        """Name and directory of the next one. Any thread may ask.
+
+        A bucket that cannot be read raises OSError once; the next call goes on behind it.
+        """
         while True:
             try:
                 return self._final.pop()
@@ -1563,30 +1615,34 @@ class _Listing:
 
     def _open_more(self) -> bool:
         while self._buckets and not (self._hand and self._hand[-1][0] < self._buckets[-1]):
-            bucket = f"{self._directory}/{self._buckets[-1]}"
-            names = _names(bucket)
+            bucket = f"{self.directories[0]}/{self._buckets.pop()}"
             self.directories.append(bucket)
-            self._buckets.pop()  # not before: should the listing fail, it is still to be done
+            names = _names(bucket)
             if not names:
                 self.empty.append(bucket)
             self._take_up(names, bucket)
-        if not self._buckets or (self._hand and self._hand[0][0] < self._buckets[-1]):
+        next_bucket = self._buckets[-1] if self._buckets else "~"
+        if self._hand and self._hand[0][0] < next_bucket:
             self._final, self._hand = self._hand, []
         else:  # what is smaller than the next bucket's name: nothing in there is older
-            while self._hand and self._hand[-1][0] < self._buckets[-1]:
+            while self._hand and self._hand[-1][0] < next_bucket:
                 self._final.append(self._hand.pop())
             self._final.reverse()
         return bool(self._final)
 
     def _take_up(self, names: list[str], directory: str) -> None:
         tasks = [name for name in names if name[16:17] == "_"]
-        listed = [(name, directory) for name in tasks if name <= self._end]
+        end = self._end
+        listed = [(name, directory) for name in tasks if name <= end]
         self.hides |= len(listed) < len(tasks)
-        self._hand += listed
-        self._hand.sort(reverse=True)
+        listed.sort(reverse=True)
+        if self._hand:
+            listed += self._hand
+            listed.sort(reverse=True)
+        self._hand = listed
 
 
-# --- the filesystem: each call that changes, lists or syncs directories stands here once --------------
+# --- the filesystem: the only place that renames, deletes, lists and syncs ----------------------------
 
 
 def _rename(source: str, target: str) -> bool:
@@ -1616,15 +1672,14 @@ def _is_gone(error: OSError, path: str) -> bool:
 
 
 def _exists(path: str) -> bool:
+    return _lstat(path) is not None
+
+
+def _lstat(path: str) -> os.stat_result | None:
     try:
-        os.lstat(path)
+        return os.lstat(path)
     except (FileNotFoundError, NotADirectoryError):
-        return False
-    return True
-
-
-def _is_regular(path: str) -> bool:
-    return _exists(path) and stat.S_ISREG(os.lstat(path).st_mode)
+        return None
 
 
 def _add_path(error: BaseException, path: str) -> None:
@@ -1641,32 +1696,41 @@ def _discard(*paths: str) -> None:
     """Delete what must not stay if that can be helped: the error that led here is what counts."""
     for path in paths:
         try:
-            os.unlink(path)
+            _unlink(path)
         except OSError:
             pass
 
 
-def _give_way(source: str, target: str) -> None:
-    """Rename back after a failure, if it went that far and if that can be helped."""
+def _rename_back(target: str, source: str) -> None:
+    """Undo a rename after a failure, if it went that far and if that can be helped."""
     try:
-        os.rename(source, target)
+        _rename(target, source)
     except OSError:
         pass
 
 
-def _list(directory: str) -> list[os.DirEntry[str]]:
-    with os.scandir(directory) as entries:
-        return list(entries)
+def _list(directory: str, errors: list[OSError] | None = None) -> list[os.DirEntry[str]]:
+    """The entries of a directory, in no order. Errors are raised, or added to `errors`."""
+    try:
+        with os.scandir(directory) as entries:
+            return list(entries)
+    except OSError as error:
+        if errors is None:
+            raise
+        errors.append(error)
+        return []
 
 
-def _names(directory: str) -> list[str]:
+def _names(directory: str, errors: list[OSError] | None = None) -> list[str]:
     """The regular files in a directory that may vanish at any time."""
     try:
         return [entry.name for entry in _list(directory) if _is_file(entry)]
     except OSError as error:
-        if _is_gone(error, directory):
-            return []
-        raise
+        if not _is_gone(error, directory):
+            if errors is None:
+                raise
+            errors.append(error)
+        return []
 
 
 def _find_claim(directory: str, id: str, attempt: int) -> str | None:
@@ -1684,6 +1748,24 @@ def _modified(directories: list[str]) -> list[float]:
         return [os.stat(directory).st_mtime for directory in directories]
     except OSError:
         return []  # whoever lists it will see
+
+
+def _create(path: str, chunks: Iterable[bytes]) -> tuple[int, int]:
+    """Write a new file; return its descriptor, which is still open, and its CRC-32."""
+    descriptor = os.open(path, _WRITE_FLAGS, 0o666)
+    try:
+        crc = 0
+        for chunk in chunks:
+            crc = zlib.crc32(chunk, crc)
+            written = os.write(descriptor, chunk)
+            while written < len(chunk):
+                written += os.write(descriptor, memoryview(chunk)[written:])
+    except BaseException as error:
+        _discard(path)
+        _add_path(error, path)
+        os.close(descriptor)
+        raise
+    return descriptor, crc
 
 
 def _make_directory(path: str) -> list[str]:
@@ -2014,6 +2096,15 @@ def _check_state(state: str, states: Sequence[str]) -> None:
         raise ValueError(f"state: {state!r} is none of {', '.join(states)}")
 
 
+def _raise_unless(found: object, errors: list[OSError]) -> None:
+    """Raise the first error there is; but only log it if something was found in spite of it."""
+    if errors and not found:
+        raise errors.pop(0)
+    if errors:
+        _log("%s; the rest goes on", str(errors[0]))
+        errors.clear()
+
+
 def _log(message: str, *arguments: object, error: Exception | None = None) -> None:
     import logging  # costs more to import than this module
 
@@ -2021,7 +2112,7 @@ def _log(message: str, *arguments: object, error: Exception | None = None) -> No
 
 
 class _StopOnSignals:
-    """Collects SIGTERM and SIGINT, and raises at the second one. Only the main thread gets signals."""
+    """Collects signals to end, and raises at the second one. Only the main thread gets any."""
 
     def __enter__(self) -> list[int]:
         import signal
@@ -2037,7 +2128,10 @@ class _StopOnSignals:
                 raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(128 + number)
 
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGTERM, signal.SIGINT):
+            numbers = [signal.SIGTERM, signal.SIGINT]
+            if sys.platform != "win32" and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup
+                numbers.append(signal.SIGHUP)
+            for number in numbers:
                 self._before[number] = signal.signal(number, catch) or signal.SIG_DFL
         return caught
 
@@ -2054,6 +2148,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     0: done; 1: nothing was done, or it failed; 2: wrong usage.
     """
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    try:
+        return options.call(options)  # type: ignore[no-any-return]
+    except (ValueError, TypeError, OverflowError) as error:
+        parser.error(str(error))
+    except (OSError, FemtoQueueError) as error:
+        return _complain(error)
+
+
+def _parser() -> argparse.ArgumentParser:
     import argparse
 
     parser = argparse.ArgumentParser(
@@ -2061,44 +2166,35 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--version", action="version", version=f"femtoqueue {__version__}")
     parser.add_argument("dir", metavar="DIR", help="the queue's directory")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    def command(name: str, help: str) -> argparse.ArgumentParser:
-        return commands.add_parser(name, help=help, description=help)
+    def command(call: Callable[[argparse.Namespace], int], help: str) -> Callable[..., object]:
+        name = call.__name__.removeprefix("_command_")
+        parser = commands.add_parser(name, help=help, description=help)
+        parser.set_defaults(call=call)
+        return parser.add_argument
 
-    status = command("status", "how many tasks each state holds, and who works on what")
-    status.add_argument("--json", action="store_true", help="for programs")
-    status.add_argument("--watch", action="store_true", help="again every two seconds, until Ctrl-C")
-    listing = command("list", "the ids in one state, oldest first")
-    listing.add_argument("state", choices=STATES)
-    push = command("push", "add files, or standard input, as tasks; print their ids")
-    push.add_argument("files", nargs="*", metavar="FILE")
-    schedule = command("schedule", "add standard input as a task for later; print its id")
-    schedule.add_argument(
-        "when", help="ISO time (local unless it has an offset), or +30s, +10m, +2h, +1d"
-    )
-    run = command("run", "run a command for each task, with the payload as its standard input")
-    run.add_argument("--until-empty", action="store_true", help="stop when nothing is pending or due")
-    run.add_argument("--max-attempts", type=int, metavar="N", help="then the task fails")
-    run.add_argument(
-        "cmd", nargs="+", metavar="-- CMD", help="exit status 0 is done, others are retried"
-    )
-    for name, help in (
-        ("requeue", "make failed, corrupt or done tasks pending again"),
-        ("cancel", "drop pending or scheduled tasks"),
-    ):
-        command(name, help).add_argument("ids", nargs="+", metavar="ID")
-    purge = command("purge", "delete tasks that were finished some time ago")
-    purge.add_argument("state", choices=_FINISHED)
-    purge.add_argument("age", help="how long ago: 30s, 10m, 2h, 7d")
-
-    options = parser.parse_args(arguments)
-    try:
-        return _COMMANDS[options.command](options)
-    except (ValueError, TypeError, OverflowError) as error:
-        parser.error(str(error))
-    except (OSError, FemtoQueueError) as error:
-        return _complain(error)
+    add = command(_command_status, "how many tasks each state holds, and who works on what")
+    add("--json", action="store_true", help="for programs")
+    add("--watch", action="store_true", help="again every two seconds, until Ctrl-C")
+    add = command(_command_list, "the ids in one state, oldest first")
+    add("state", choices=STATES)
+    add = command(_command_push, "add files, or standard input, as tasks; print their ids")
+    add("files", nargs="*", metavar="FILE")
+    add = command(_command_schedule, "add standard input as a task for later; print its id")
+    add("when", help="ISO time (local unless it has an offset), or +30s, +10m, +2h, +1d")
+    add = command(_command_run, "run a command for each task, with the payload as its standard input")
+    add("--until-empty", action="store_true", help="stop when nothing is pending or due")
+    add("--max-attempts", type=int, metavar="N", help="then the task fails")
+    add("cmd", nargs="+", metavar="-- CMD", help="exit status 0 is done, others are retried")
+    add = command(_command_requeue, "make failed, corrupt or done tasks pending again")
+    add("ids", nargs="+", metavar="ID")
+    add = command(_command_cancel, "drop pending or scheduled tasks")
+    add("ids", nargs="+", metavar="ID")
+    add = command(_command_purge, "delete tasks that were finished some time ago")
+    add("state", choices=_FINISHED)
+    add("age", help="how long ago: 30s, 10m, 2h, 7d")
+    return parser
 
 
 def _complain(message: object) -> int:
@@ -2108,8 +2204,8 @@ def _complain(message: object) -> int:
 
 def _open(options: argparse.Namespace, max_attempts: int | None = None) -> FemtoQueue:
     # Hosts and containers are often named alike, and a node_id must not be in two places at a time.
-    host = _host_name()
-    node_id = f"cli-{zlib.crc32((host + _identity().place).encode()):08x}"
+    place = _host_name() + _identity().place
+    node_id = f"cli-{zlib.crc32(place.encode()):08x}"
     return FemtoQueue(options.dir, node_id, max_attempts=max_attempts)
 
 
@@ -2130,29 +2226,16 @@ def _seconds(text: str) -> float:
     raise ValueError(f"{text!r} is no length of time; write 30s, 10m, 2h or 7d")
 
 
-def _cell(column: str, value: object) -> str:
-    if isinstance(value, float) and column.endswith("_s"):
-        for unit, length in (("d", 86400), ("h", 3600), ("m", 60)):
-            if abs(value) >= 2 * length:
-                return f"{value / length:.0f}{unit}"
-        return f"{value:.0f}s"
-    return "-" if value is None else str(value)
-
-
 def _command_status(options: argparse.Namespace) -> int:
+    import json
+
     queue = _open_existing(options)
     while True:
         report = queue._report()
-        print(_as_json(report) if options.json else _as_table(report), flush=True)
+        print(json.dumps(report) if options.json else _as_table(report), flush=True)
         if not options.watch:
             return 0
         time.sleep(2)
-
-
-def _as_json(report: dict[str, list[dict[str, object]]]) -> str:
-    import json
-
-    return json.dumps(report)
 
 
 def _as_table(report: dict[str, list[dict[str, object]]]) -> str:
@@ -2166,12 +2249,20 @@ def _as_table(report: dict[str, list[dict[str, object]]]) -> str:
     return "\n".join(lines[:-1])
 
 
+def _cell(column: str, value: object) -> str:
+    if isinstance(value, float) and column.endswith("_s"):
+        for unit, length in (("d", 86400), ("h", 3600), ("m", 60)):
+            if abs(value) >= 2 * length:
+                return f"{value / length:.0f}{unit}"
+        return f"{value:.0f}s"
+    return "-" if value is None else str(value)
+
+
 def _command_list(options: argparse.Namespace) -> int:
-    empty = True
+    id = None
     for id in _open_existing(options).ids(options.state):
         print(id)
-        empty = False
-    return int(empty)
+    return 1 if id is None else 0
 
 
 def _command_push(options: argparse.Namespace) -> int:
@@ -2199,8 +2290,6 @@ def _command_schedule(options: argparse.Namespace) -> int:
 def _command_run(options: argparse.Namespace) -> int:
     import logging
     import shutil
-    import signal
-    import subprocess
 
     if shutil.which(options.cmd[0]) is None:
         raise ValueError(f"there is no command {options.cmd[0]!r}")  # not worth an attempt of each task
@@ -2214,34 +2303,41 @@ def _command_run(options: argparse.Namespace) -> int:
     logging.getLogger("femtoqueue").addHandler(console)
 
     def handle(task: FemtoTask) -> None:
-        with open(task.path, "rb", buffering=0) as payload:
-            payload.seek(task._payload_at)
-            # The claim is renamed when its lease is renewed; the open file has a name that stays.
-            path = f"/proc/{os.getpid()}/fd/{payload.fileno()}"
-            environment = {
-                **os.environ,
-                "FEMTOQUEUE_ID": task.id,
-                "FEMTOQUEUE_ATTEMPT": str(task.attempt),
-                "FEMTOQUEUE_PATH": path if os.path.exists(path) else task.path,
-            }
-            # In a session of its own: Ctrl-C is for us, who let it finish.
-            child = subprocess.Popen(
-                options.cmd, stdin=payload, env=environment, start_new_session=sys.platform != "win32"
-            )
-            try:
-                status = child.wait()
-            except BaseException:
-                if sys.platform == "win32":
-                    child.kill()
-                else:
-                    os.killpg(child.pid, signal.SIGKILL)
-                child.wait()
-                raise
-        if status:
+        if status := _run_command(options.cmd, task):
             raise FemtoQueueError(f"{options.cmd[0]}: exit status {status}")
 
-    count = _open(options, options.max_attempts).run(handle, until_empty=options.until_empty)
+    with _open(options, options.max_attempts) as queue:
+        count = queue.run(handle, until_empty=options.until_empty)
     return 0 if count or not options.until_empty else 1
+
+
+def _run_command(command: list[str], task: FemtoTask) -> int:
+    import signal
+    import subprocess
+
+    with open(task.path, "rb", buffering=0) as payload:
+        payload.seek(task._begin)
+        # The claim is renamed when its lease is renewed; the open file has a name that stays.
+        path = f"/proc/{os.getpid()}/fd/{payload.fileno()}"
+        environment = {
+            **os.environ,
+            "FEMTOQUEUE_ID": task.id,
+            "FEMTOQUEUE_ATTEMPT": str(task.attempt),
+            "FEMTOQUEUE_PATH": path if os.path.exists(path) else task.path,
+        }
+        # In a session of its own: Ctrl-C is for us, who let it finish.
+        child = subprocess.Popen(
+            command, stdin=payload, env=environment, start_new_session=sys.platform != "win32"
+        )
+        try:
+            return child.wait()
+        except BaseException:
+            if sys.platform == "win32":
+                child.kill()
+            else:
+                os.killpg(child.pid, signal.SIGKILL)
+            child.wait()
+            raise
 
 
 def _command_requeue(options: argparse.Namespace) -> int:
@@ -2253,26 +2349,13 @@ def _command_cancel(options: argparse.Namespace) -> int:
 
 
 def _for_each(ids: list[str], call: Callable[[str], bool], wanted: str) -> int:
-    outcomes = [call(id) or _complain(f"{id} is not {wanted}") is None for id in ids]
-    return 0 if all(outcomes) else 1
+    return max([0 if call(id) else _complain(f"{id} is not {wanted}") for id in ids])
 
 
 def _command_purge(options: argparse.Namespace) -> int:
     count = _open_existing(options).purge(options.state, _seconds(options.age))
     print(count)
     return 0 if count else 1
-
-
-_COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
-    "status": _command_status,
-    "list": _command_list,
-    "push": _command_push,
-    "schedule": _command_schedule,
-    "run": _command_run,
-    "requeue": _command_requeue,
-    "cancel": _command_cancel,
-    "purge": _command_purge,
-}
 
 
 def _script() -> None:
