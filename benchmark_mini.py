@@ -9,7 +9,8 @@
 
 The *floor* is a bare Python loop of the system calls that a queue of files cannot do without: create,
 write, close, rename; rename, open, read, close; rename. It keeps no order, checks nothing, and survives
-nothing; nothing that is made of these calls can be faster.
+nothing; nothing that is made of these calls can be faster. *Plain files* are the same steps written as
+one writes Python: `with open(path, "wb") as file: file.write(data)`.
 
 Whatever is compared takes turns in small batches, after a warm-up, under the same garbage collector, so
 that a busy machine is busy for all. Figures are medians over rounds; a ratio is the median of the
@@ -20,6 +21,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import gc
 import importlib
 import importlib.util
@@ -27,6 +29,7 @@ import json
 import multiprocessing
 import os
 import platform
+import runpy
 import shutil
 import statistics
 import subprocess
@@ -34,7 +37,9 @@ import sys
 import tempfile
 import time
 import tracemalloc
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
@@ -45,18 +50,22 @@ PAYLOAD = bytes(range(100))
 BATCH = 50
 ROUND = 1_000
 BACKLOG = 1_000  # what is pending all the time, so that nobody works on an empty queue
-BAR = 30
-NODE = "bench"
-OURS, FLOOR = "femtoqueue", "the floor"
-NAME = "%016d_bench_0123456789abcdef01.01234567"  # as long as ours: ext4 is slower with short names
-STEPS = [["push"], ["pop", "done"]]
-ALL = ["push", "pop", "done"]
 LATER = 100_000
+BAR = 20
+NODE = "bench"
+OURS, FLOOR, PLAIN = "femtoqueue", "the floor", "plain files"
+NAME = "%016d_bench_0123456789abcdef01.01234567"  # as long as ours: ext4 is slower with short names
+STATES = ("creating", "scheduled", "pending", "in_progress", "done")
+STEPS = ("push", "pop", "done")
+
+# What a contestant can do: push a payload, pop a task, and be done with it (some forget it in pop).
+Steps = tuple[Callable[[bytes], Any], Callable[[], Any], Callable[[Any], Any] | None]
+Round = dict[tuple[str, str], float]  # seconds per task, by contestant and step
 
 
 @dataclasses.dataclass
 class Row:
-    """One figure. `base` is the same figure of what it is compared with."""
+    """One figure. `base` is that of what it is compared with, `plain` that of plain files."""
 
     what: str
     value: float
@@ -64,6 +73,8 @@ class Row:
     base: float | None = None
     ratio: float | None = None
     against: str = ""
+    plain: float | None = None
+    plain_ratio: float | None = None
 
 
 @dataclasses.dataclass
@@ -75,116 +86,58 @@ class Section:
 # --- the contestants ----------------------------------------------------------------------------------
 
 
-class Floor:
-    """The same system calls with nothing around them."""
-
-    name = FLOOR
-
-    def __init__(self, directory: Path, durable: bool = False) -> None:
-        self.durable = durable
-        states = ("creating", "scheduled", "pending", "in_progress", "done")
-        self.creating, self.scheduled, self.pending, self.claimed, self.finished = (
-            f"{directory}/{state}/" for state in states
-        )
-        for state in states:
-            os.makedirs(f"{directory}/{state}")
-        self.count = dict.fromkeys(("pushed", "scheduled", "due", "popped", "done"), 0)
-
-    def _next(self, what: str, count: int) -> Iterable[str]:
-        first = self.count[what]
-        self.count[what] += count
-        return map(NAME.__mod__, range(first, first + count))
-
-    def push(self, count: int) -> None:
-        for name in self._next("pushed", count):
-            path = self.creating + name
-            descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
-            os.write(descriptor, PAYLOAD)
-            if self.durable:
-                os.fsync(descriptor)
-            os.close(descriptor)
-            os.rename(path, self.pending + name)
-            if self.durable:
-                sync_directory(self.pending)
-
-    def pop(self, count: int) -> None:
-        for name in self._next("popped", count):
-            path = self.claimed + name
-            os.rename(self.pending + name, path)
-            descriptor = os.open(path, os.O_RDONLY)
-            os.read(descriptor, 200)
-            os.close(descriptor)
-
-    def done(self, count: int) -> None:
-        for name in self._next("done", count):
-            os.rename(self.claimed + name, self.finished + name)
-            if self.durable:
-                sync_directory(self.claimed)
-                sync_directory(self.finished)
-
-    def schedule(self, count: int) -> None:
-        for name in self._next("scheduled", count):
-            path = self.creating + name
-            descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
-            os.write(descriptor, PAYLOAD)
-            os.close(descriptor)
-            os.rename(path, self.scheduled + name)
-
-    def pop_due(self, count: int) -> None:
-        """What fell due goes through pending/ like everything else."""
-        for name in self._next("due", count):
-            path = self.claimed + name
-            os.rename(self.scheduled + name, self.pending + name)
-            os.rename(self.pending + name, path)
-            descriptor = os.open(path, os.O_RDONLY)
-            os.read(descriptor, 200)
-            os.close(descriptor)
-            os.rename(path, self.finished + name)
-
-
-class Queue:
-    """A real queue, ours or another: three functions, called for one task at a time."""
-
-    def __init__(
-        self,
-        name: str,
-        push: Callable[[bytes], Any],
-        pop: Callable[[], Any],
-        done: Callable[[Any], Any] | None,
-        schedule: Callable[[bytes, int], Any] | None = None,
-    ) -> None:
-        self.name = name
-        self._push, self._pop, self._done, self._schedule = push, pop, done, schedule
-        self._tasks: list[Any] = []
-        self.acknowledges = done is not None
-
-    def push(self, count: int) -> None:
-        for _ in range(count):
-            self._push(PAYLOAD)
-
-    def pop(self, count: int) -> None:
-        self._tasks = [self._pop() for _ in range(count)]
-        if None in self._tasks:
-            raise SystemExit(f"{self.name} gave back fewer tasks than it was given")
-
-    def done(self, count: int) -> None:
-        if self._done:  # some forget a task as soon as they hand it out
-            for task in self._tasks:
-                self._done(task)
-
-    def schedule(self, count: int) -> None:
-        assert self._schedule
-        for _ in range(count):
-            self._schedule(PAYLOAD, time.time_ns() // 1_000)
-
-    def pop_due(self, count: int) -> None:
-        self.pop(count)
-        self.done(count)
-
-
-def ours(directory: Path, durable: bool = False) -> Queue:
+def ours(directory: Path, durable: bool = False, due: bool = False) -> Steps:
     queue = FemtoQueue(directory, NODE, sync_after_write=durable)
-    return Queue(OURS, queue.push, queue.pop, queue.done, queue.schedule)
+
+    def schedule(data: bytes) -> None:
+        queue.schedule(data, time.time_ns() // 1_000)
+
+    return schedule if due else queue.push, queue.pop, queue.done
+
+
+def floor(
+    directory: Path, durable: bool = False, due: bool = False, share: range | None = None
+) -> Steps:
+    """The system calls with nothing around them. `share` is which tasks a worker pops."""
+    creating, scheduled, pending, claimed, finished = (f"{directory}/{state}/" for state in STATES)
+    claimed += f"{share.start}/" if share else ""
+    for path in (creating, scheduled, pending, claimed, finished):
+        os.makedirs(path, exist_ok=True)
+    target = scheduled if due else pending
+    new_names, names = (map(NAME.__mod__, numbers) for numbers in (count(), share or count()))
+
+    def push(data: bytes) -> None:
+        name = next(new_names)
+        path = creating + name
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+        os.write(descriptor, data)
+        if durable:
+            os.fsync(descriptor)
+        os.close(descriptor)
+        os.rename(path, target + name)
+        if durable:
+            sync_directory(target)
+
+    def pop() -> str | None:
+        name = next(names, None)
+        if name is None:
+            return None
+        if due:
+            os.rename(scheduled + name, pending + name)
+        path = claimed + name
+        os.rename(pending + name, path)
+        descriptor = os.open(path, os.O_RDONLY)
+        os.read(descriptor, 200)
+        os.close(descriptor)
+        return name
+
+    def done(name: str) -> None:
+        os.rename(claimed + name, finished + name)
+        if durable:
+            sync_directory(claimed)
+            sync_directory(finished)
+
+    return push, pop, done
 
 
 def sync_directory(path: str) -> None:
@@ -193,243 +146,232 @@ def sync_directory(path: str) -> None:
     os.close(descriptor)
 
 
+def plain(directory: Path, due: bool = False) -> Steps:
+    """The floor's steps as one writes them in Python without counting microseconds."""
+    creating, scheduled, pending, claimed, finished = (os.path.join(directory, s) for s in STATES)
+    for path in (creating, scheduled, pending, claimed, finished):
+        os.makedirs(path)
+    new_names, names = (map(NAME.__mod__, count()) for _ in range(2))
+
+    def push(data: bytes) -> None:
+        name = next(new_names)
+        path = os.path.join(creating, name)
+        with open(path, "wb") as file:
+            file.write(data)
+        os.rename(path, os.path.join(scheduled if due else pending, name))
+
+    def pop() -> tuple[str, bytes]:
+        name = next(names)
+        if due:
+            os.rename(os.path.join(scheduled, name), os.path.join(pending, name))
+        path = os.path.join(claimed, name)
+        os.rename(os.path.join(pending, name), path)
+        with open(path, "rb") as file:
+            return name, file.read()
+
+    def done(task: tuple[str, bytes]) -> None:
+        os.rename(os.path.join(claimed, task[0]), os.path.join(finished, task[0]))
+
+    return push, pop, done
+
+
+def fill(contestant: Steps, count: int, what: str) -> None:
+    for number in range(count):
+        contestant[0](PAYLOAD)
+        if number % ROUND == 0:
+            progress(what, number / count)
+
+
 # --- measuring ----------------------------------------------------------------------------------------
 
 
 def interleave(
-    contestants: Sequence[Floor | Queue],
-    progress: Progress,
-    seconds: float,
-    steps: Sequence[Sequence[str]] = STEPS,
-    size: int = ROUND,
-    batch: int = BATCH,
-) -> list[dict[tuple[str, str], float]]:
-    """Seconds per task for each contestant and step, of each round. The first round is warm-up."""
-    rounds: list[dict[tuple[str, str], float]] = []
+    what: str, contestants: Mapping[str, Steps], seconds: float, size: int = ROUND, batch: int = BATCH
+) -> list[Round]:
+    """Rounds of `size` tasks each, for `seconds`. The first round is warm-up."""
+    rounds: list[Round] = []
     gc.collect()
     gc.freeze()  # what the benchmark itself has loaded is nobody's burden
     began = time.perf_counter()
     while len(rounds) < 4 or time.perf_counter() - began < seconds:
-        spent = {(c.name, step): 0.0 for c in contestants for phase in steps for step in phase}
-        for phase in steps:
-            for turn in range(size // batch):
-                for contestant in contestants if turn % 2 else reversed(contestants):
-                    for step in phase:
-                        work = getattr(contestant, step)
-                        start = time.perf_counter()
-                        work(batch)
-                        spent[contestant.name, step] += time.perf_counter() - start
-        rounds.append({key: value / size for key, value in spent.items()})
-        progress(min(1.0, (time.perf_counter() - began) / seconds))
+        rounds.append(one_round(contestants, size, batch))
+        progress(what, (time.perf_counter() - began) / seconds)
     gc.unfreeze()
     return rounds[1:]
 
 
+def one_round(contestants: Mapping[str, Steps], size: int, batch: int) -> Round:
+    spent = {(name, step): 0.0 for name in contestants for step in STEPS}
+    there = list(contestants.items())
+    turns = (there + there[::-1]) * (size // batch // 2)
+    for name, (push, _, _) in turns:
+        start = time.perf_counter()
+        for _ in range(batch):
+            push(PAYLOAD)
+        spent[name, "push"] += time.perf_counter() - start
+    for name, (_, pop, done) in turns:
+        start = time.perf_counter()
+        tasks = [pop() for _ in range(batch)]
+        popped = time.perf_counter()
+        if done:
+            for task in tasks:
+                done(task)
+        spent[name, "pop"] += popped - start
+        spent[name, "done"] += time.perf_counter() - popped
+        if None in tasks:
+            raise SystemExit(f"{name} gave back fewer tasks than it was given")
+    return {key: seconds / size for key, seconds in spent.items()}
+
+
 def compare(
-    rounds: list[dict[tuple[str, str], float]], name: str, base: str, what: str, steps: Sequence[str]
+    rounds: list[Round], what: str, steps: Sequence[str], name: str = OURS, base: str = FLOOR
 ) -> Row:
     """Tasks per second of contestant `name` in `steps`, and how many times the time of `base`."""
-    own = [sum(one[name, step] for step in steps) for one in rounds]
-    other = [sum(one[base, step] for step in steps) for one in rounds]
-    ratio = statistics.median(a / b for a, b in zip(own, other, strict=True))
-    speeds = 1 / statistics.median(own), 1 / statistics.median(other)
-    return Row(what, speeds[0], "tasks/s", speeds[1], ratio, f"x the time of {base}")
+
+    def cost(of: str) -> list[float]:
+        return [sum(one[of, step] for step in steps) for one in rounds]
+
+    def speed(of: str) -> float:
+        return 1 / statistics.median(cost(of))
+
+    def ratio(to: str) -> float:
+        return statistics.median(a / b for a, b in zip(cost(name), cost(to), strict=True))
+
+    row = Row(what, speed(name), "tasks/s", speed(base), ratio(base), f"x the time of {base}")
+    if (PLAIN, steps[0]) in rounds[0]:
+        row.plain, row.plain_ratio = speed(PLAIN), ratio(PLAIN)
+    return row
 
 
-def fresh(parent: Path, name: str) -> Path:
-    return Path(tempfile.mkdtemp(prefix=f"{name}-", dir=parent))
+def compare_steps(rounds: list[Round], name: str = OURS, base: str = FLOOR) -> list[Row]:
+    return [compare(rounds, step, [step], name, base) for step in STEPS]
 
 
-def filesystem(path: Path) -> str:
-    """What kind of filesystem `path` is on, with a warning where figures will not be steady."""
-    best, kind, device = "", "an unknown filesystem", ""
-    try:
-        for line in Path("/proc/self/mounts").read_text().splitlines():
-            source, mount, this_kind = line.split()[:3]
-            if len(mount) >= len(best) and path.resolve().is_relative_to(mount):
-                best, kind, device = mount, this_kind, os.path.basename(source)
-    except OSError:
-        pass
-    if kind == "ext4" and not list(Path("/proc/fs/jbd2").glob(f"{device}-*")):
-        return (
-            "ext4 without a journal (creating files is slow there for minutes after many were deleted)"
-        )
-    return kind
+def seconds_of(work: Callable[..., object], *arguments: object) -> float:
+    start = time.perf_counter()
+    work(*arguments)
+    return time.perf_counter() - start
 
 
 def together(jobs: Sequence[tuple[Any, ...]]) -> list[Any]:
-    """Call each (function, *arguments) in a new process; what they return, in no particular order.
+    """Call each (function, *arguments) in a new process, and return what they return.
 
-    Each function gets a `wait` as its first argument, which returns when all of them have called it.
+    Each calls `wait_for_all` when it is ready, and goes on when all have.
     """
     context = multiprocessing.get_context("spawn")
-    barrier = context.Barrier(len(jobs))
-    results = context.SimpleQueue()
-    children = [
-        context.Process(target=_child, args=(barrier, results, *job), daemon=True) for job in jobs
-    ]
-    for child in children:
-        child.start()
-    outcomes = [results.get() for _ in children]
-    for child in children:
-        child.join()
-    for outcome in outcomes:
-        if isinstance(outcome, BaseException):
-            raise outcome
-    return outcomes
+    barrier = context.Barrier(len(jobs), timeout=60)
+    with ProcessPoolExecutor(len(jobs), context, set_barrier, (barrier,)) as pool:
+        return [future.result() for future in [pool.submit(*job) for job in jobs]]
 
 
-def _child(barrier: Any, results: Any, function: Callable[..., Any], *rest: Any) -> None:
-    try:
-        outcome = function(barrier.wait, *rest)
-    except BaseException as error:
-        barrier.abort()
-        outcome = error
-    results.put(outcome)
+def set_barrier(barrier: Any) -> None:
+    global wait_for_all
+    wait_for_all = barrier.wait
+
+
+wait_for_all: Callable[[], object]
 
 
 # --- sections of the report ---------------------------------------------------------------------------
 
 
-def one_process(options: argparse.Namespace, progress: Progress) -> Iterator[Section]:
-    """What a task costs beside the floor."""
-    directory = fresh(options.dir, "one")
-    pair = Floor(directory / "floor"), ours(directory / "ours")
-    for contestant in pair:
-        contestant.push(BACKLOG)
-    rounds = interleave(pair, progress, options.seconds)
-    rows = [compare(rounds, OURS, FLOOR, step, [step]) for step in ALL]
-    rows.append(compare(rounds, OURS, FLOOR, "push + pop + done", ALL))
-    pair = Floor(directory / "floor-due"), ours(directory / "ours-due")
-    due_rounds = interleave(pair, progress, options.seconds / 3, [["schedule"], ["pop_due"]])
-    rows.append(compare(due_rounds, OURS, FLOOR, "schedule", ["schedule"]))
-    rows.append(compare(due_rounds, OURS, FLOOR, "pop + done when due", ["pop_due"]))
+def one_process(options: argparse.Namespace) -> Iterator[Section]:
+    """What a task costs beside the floor and plain files."""
+    kinds: dict[str, Callable[..., Steps]] = {FLOOR: floor, PLAIN: plain, OURS: ours}
+    contestants = {name: open_(options.dir / name) for name, open_ in kinds.items()}
+    for contestant in contestants.values():
+        fill(contestant, BACKLOG, "backlog")
+    rounds = interleave("one process", contestants, options.seconds)
+    contestants = {name: open_(options.dir / f"{name}-due", due=True) for name, open_ in kinds.items()}
+    due = interleave("schedule", contestants, options.seconds / 3)
+    rows = [
+        *compare_steps(rounds),
+        compare(rounds, "push + pop + done", STEPS),
+        compare(due, "schedule", ["push"]),
+        compare(due, "pop + done when due", ["pop", "done"]),
+    ]
     yield Section(f"one process, {len(rounds)} rounds of {ROUND:,} tasks", rows)
 
 
-def workers(options: argparse.Namespace, progress: Progress) -> Iterator[Section]:
+def workers(options: argparse.Namespace) -> Iterator[Section]:
     """N processes draining one queue, and N processes that never want the same file."""
-    total = 10_000
+    total, rounds = 10_000, 6
     speeds: list[list[float]] = [[], []]
-    for number in range(6):
-        directory = fresh(options.dir, "workers")
-        floor = Floor(directory / "floor")
-        for step in range(0, total, ROUND):  # in directories like those that femtoqueue makes
-            floor.pending = f"{directory}/floor/pending/{step:016d}/"
-            os.makedirs(floor.pending)
-            floor.push(ROUND)
-        ours(directory / "ours").push(total)
-        path = str(directory)
-        floor_jobs: list[tuple[Any, ...]] = [
-            (drain_floor, f"{path}/floor", n, options.workers, total) for n in range(options.workers)
-        ]
-        our_jobs: list[tuple[Any, ...]] = [(drain_ours, f"{path}/ours")] * options.workers
-        for kind, jobs in enumerate((floor_jobs, our_jobs)):
-            outcomes = together(jobs)
-            if sum(count for count, _, _ in outcomes) != total:
+    shares = [range(n, total, options.workers) for n in range(options.workers)]
+    for number in range(rounds):
+        for kind, open_ in enumerate((floor, ours)):
+            directory = options.dir / f"workers-{number}-{kind}"
+            fill(open_(directory), total, "workers")
+            jobs = [(drain, directory, share if open_ is floor else None) for share in shares]
+            counts, starts, ends = zip(*together(jobs), strict=True)
+            if sum(counts) != total:
                 raise SystemExit("the workers lost or doubled tasks")
-            took = max(end for _, _, end in outcomes) - min(start for _, start, _ in outcomes)
-            speeds[kind].append(total / took)
-        progress((number + 1) / 6)
-        shutil.rmtree(directory)
+            speeds[kind].append(total / (max(ends) - min(starts)))
+            shutil.rmtree(directory)
+    base, own = map(statistics.median, speeds)
     ratio = statistics.median(b / a for a, b in zip(*speeds, strict=True))
-    row = Row(
-        "pop + done, together",
-        statistics.median(speeds[1]),
-        "tasks/s",
-        statistics.median(speeds[0]),
-        ratio,
-        "of the speed of the floor on disjoint files",
-    )
-    yield Section(f"{options.workers} processes on one queue, 6 rounds of {total:,} tasks", [row])
+    against = "of the speed of the floor on disjoint files"
+    row = Row("pop + done, together", own, "tasks/s", base, ratio, against)
+    title = f"{options.workers} processes on one queue, {rounds} rounds of {total:,} tasks"
+    yield Section(title, [row])
 
 
-def drain_ours(wait: Callable[[], object], directory: str) -> tuple[int, float, float]:
-    queue = FemtoQueue(directory, NODE)
-    count = 0
-    wait()
+def drain(directory: Path, share: range | None) -> tuple[int, float, float]:
+    """How many tasks this process got, and when it began and ended."""
+    _, pop, done = floor(directory, share=share) if share else ours(directory)
+    assert done
+    tasks = 0
+    wait_for_all()
     start = end = time.perf_counter()
-    while task := queue.pop():
-        queue.done(task)
-        count += 1
+    while task := pop():
+        done(task)
+        tasks += 1
         end = time.perf_counter()
-    return count, start, end
+    return tasks, start, end
 
 
-def drain_floor(
-    wait: Callable[[], object], directory: str, worker: int, workers: int, total: int
-) -> tuple[int, float, float]:
-    """Every so-many-th file, claimed into a directory of its own."""
-    claimed = f"{directory}/in_progress/{worker}"
-    os.makedirs(claimed)
-    names = [(f"{n // ROUND * ROUND:016d}", NAME % n) for n in range(worker, total, workers)]
-    wait()
-    start = time.perf_counter()
-    for bucket, name in names:
-        path = f"{claimed}/{name}"
-        os.rename(f"{directory}/pending/{bucket}/{name}", path)
-        descriptor = os.open(path, os.O_RDONLY)
-        os.read(descriptor, 200)
-        os.close(descriptor)
-        os.rename(path, f"{directory}/done/{name}")
-    return len(names), start, time.perf_counter()
-
-
-def durable(options: argparse.Namespace, progress: Progress) -> Iterator[Section]:
+def durable(options: argparse.Namespace) -> Iterator[Section]:
     """With sync_after_write, beside write + fsync + rename + fsync of the directory."""
-    directory = fresh(options.dir, "durable")
-    pair = Floor(directory / "floor", durable=True), ours(directory / "ours", durable=True)
-    rounds = interleave(pair, progress, options.seconds, size=100, batch=5)
-    rows = [compare(rounds, OURS, FLOOR, step, [step]) for step in ALL]
+    directory = options.dir / "durable"
+    pair = {
+        FLOOR: floor(directory / "floor", durable=True),
+        OURS: ours(directory / "ours", durable=True),
+    }
+    rounds = interleave("durable", pair, options.seconds, size=100, batch=5)
     queue = FemtoQueue(directory / "many", NODE, sync_after_write=True)
-    single = Queue("push", lambda data: [queue.push(data) for _ in range(1_000)], queue.pop, None)
-    many = Queue("push_many", lambda data: queue.push_many([data] * 1_000), queue.pop, None)
-    thousands = interleave([single, many], progress, options.seconds, [["push"]], 1, 1)
-    per_task = [{key: value / 1_000 for key, value in one.items()} for one in thousands]
-    row = compare(per_task, many.name, single.name, "push_many(1000)", ["push"])
-    yield Section(f"durable, {len(rounds)} rounds of 100 tasks", [*rows, row])
+    thousands: dict[str, Steps] = {
+        "push": (lambda data: [queue.push(data) for _ in range(1_000)], queue.pop, None),
+        "push_many": (lambda data: queue.push_many([data] * 1_000), queue.pop, None),
+    }
+    many = interleave("push_many", thousands, options.seconds, size=2, batch=1)
+    per_task = [{key: seconds / 1_000 for key, seconds in one.items()} for one in many]
+    row = compare(per_task, "push_many(1000)", ["push"], "push_many", "push")
+    yield Section(f"durable, {len(rounds)} rounds of 100 tasks", [*compare_steps(rounds), row])
 
 
-def waiting(options: argparse.Namespace, progress: Progress) -> Iterator[Section]:
+def waiting(options: argparse.Namespace) -> Iterator[Section]:
     """What idle consumers cost, how soon they wake, and what starting up costs."""
-    directory = fresh(options.dir, "wait")
+    directory = options.dir / "wait"
     FemtoQueue(directory, NODE)
     rows = []
-    for count in (1, 50):
-        own, bare = zip(*together([(idle, str(directory), options.seconds)] * count), strict=True)
+    for number in (1, 50):
+        progress("waiting", number / 100)
+        own, bare = map(sum, zip(*together([(idle, directory, options.seconds)] * number), strict=True))
         against = "x as much as bare loops of time.sleep(0.01)"
-        share = 100 * sum(own)
-        rows.append(
-            Row(f"{count} idle pop(timeout)", share, "% of a core", None, sum(own) / sum(bare), against)
-        )
-        progress(count / 100)
-    jobs = [(wake_up, str(directory), 200), (keep_pushing, str(directory), 200)]
-    samples = next(filter(None, together(jobs)))
-    progress(0.8)
-    home = str(Path(femtoqueue.__file__).parent)
-    code = f"import sys; sys.path.insert(0, {home!r})"
-    starts: list[list[float]] = [[], []]
-    for _ in range(20):
-        for times, program in zip(starts, (code, code + "; import femtoqueue"), strict=True):
-            start = time.perf_counter()
-            subprocess.run([sys.executable, "-I", "-c", program], check=True)
-            times.append(1_000 * (time.perf_counter() - start))
-    extra = statistics.median(b - a for a, b in zip(*starts, strict=True))
-    yield Section(
-        "waiting and starting",
-        [
-            *rows,
-            Row("wake-up, median", statistics.median(samples) * 1_000, "ms"),
-            Row("wake-up, 99th percentile", statistics.quantiles(samples, n=100)[98] * 1_000, "ms"),
-            Row("import, over an empty interpreter", extra, "ms"),
-        ],
-    )
+        what = f"{number} idle pop(timeout)"
+        rows.append(Row(what, 100 * own, "% of a core", ratio=own / bare, against=against))
+    progress("waiting", 0.8)
+    wakes, _ = together([(wake_up, directory, 200), (keep_pushing, directory, 200)])
+    rows.append(Row("wake-up, median", 1_000 * statistics.median(wakes), "ms"))
+    rows.append(Row("wake-up, 99th percentile", 1_000 * statistics.quantiles(wakes, n=100)[98], "ms"))
+    rows.append(Row("import, over an empty interpreter", 1_000 * import_time(), "ms"))
+    yield Section("waiting and starting", rows)
 
 
-def idle(wait: Callable[[], object], directory: str, seconds: float) -> tuple[float, float]:
+def idle(directory: Path, seconds: float) -> tuple[float, float]:
     """Share of a core while waiting in `pop`, and in a bare loop that only sleeps."""
     queue = FemtoQueue(directory, NODE)
-    wait()
+    wait_for_all()
     queue.pop()
     start = time.process_time()
     if queue.pop(timeout=seconds):
@@ -440,11 +382,12 @@ def idle(wait: Callable[[], object], directory: str, seconds: float) -> tuple[fl
     return own / seconds, (time.process_time() - start - own) / seconds
 
 
-def wake_up(wait: Callable[[], object], directory: str, count: int) -> list[float]:
+def wake_up(directory: Path, tasks: int) -> list[float]:
+    """Seconds from just before each push to the end of the pop that waited for it."""
     queue = FemtoQueue(directory, NODE)
-    wait()
+    wait_for_all()
     samples = []
-    for _ in range(count):
+    for _ in range(tasks):
         task = queue.pop(timeout=60)
         assert task
         samples.append(time.perf_counter() - float(task.data))
@@ -452,92 +395,97 @@ def wake_up(wait: Callable[[], object], directory: str, count: int) -> list[floa
     return samples
 
 
-def keep_pushing(wait: Callable[[], object], directory: str, count: int) -> None:
+def keep_pushing(directory: Path, tasks: int) -> None:
     queue = FemtoQueue(directory, NODE)
-    wait()
-    for number in range(count):
+    wait_for_all()
+    for number in range(tasks):
         time.sleep(0.02 + number % 17 / 1_000)  # out of step with whoever polls
         queue.push(str(time.perf_counter()).encode())
 
 
-def scale(options: argparse.Namespace, progress: Progress) -> Iterator[Section]:
+def import_time() -> float:
+    """Seconds that `import femtoqueue` adds to the start of an interpreter."""
+    empty = f"import sys; sys.path.insert(0, {str(Path(femtoqueue.__file__).parent)!r})"
+    commands = [[sys.executable, "-I", "-c", c] for c in (empty, f"{empty}; import femtoqueue")]
+    pairs = [[seconds_of(subprocess.check_call, command) for command in commands] for _ in range(20)]
+    return statistics.median(after - before for before, after in pairs)
+
+
+def scale(options: argparse.Namespace) -> Iterator[Section]:
     """The same work on top of ever larger backlogs, and with 100,000 tasks scheduled for later."""
-    for backlog in [10**n for n in range(3, 7) if 10**n <= options.scale]:
-        directory = fresh(options.dir, "scale")
-        pair = Floor(directory / "floor"), ours(directory / "ours")
-        pair[0].push(BACKLOG)
-        for number in range(0, backlog, ROUND):
-            pair[1].push(ROUND)
-            progress(number / backlog)
-        getattr(os, "sync", lambda: None)()  # or the disk is still busy with writing the backlog
-        opened, first, memory, _ = together([(first_pop, str(directory / "ours"))])[0]
-        rounds = interleave(pair, progress, options.seconds)
-        queue = FemtoQueue(directory / "ours", NODE, keep_done=False)
-        while task := queue.pop():
-            queue.done(task)
-        time.sleep(2.1)  # directories that were just in use are not removed yet
-        *_, empty = together([(first_pop, str(directory / "ours"))])[0]
-        yield Section(
-            f"backlog of {backlog:,}",
-            [
-                Row("open", opened * 1_000, "ms"),
-                Row("first pop in a new process", first * 1_000, "ms"),
-                Row("memory for it", memory / 1e6, "MB"),
-                *(compare(rounds, OURS, FLOOR, step, [step]) for step in ALL),
-                Row("pop of the empty queue, after draining", empty * 1e6, "us"),
-            ],
-        )
-        shutil.rmtree(directory)
+    for backlog in (1_000, 10_000, 100_000, 1_000_000):
+        if backlog <= options.scale:
+            yield on_backlog(options.dir / "scale", options.seconds, backlog)
     for what, spread_s in (("at one time", 0), ("over 1,000 s", 1_000), ("over 10 days", 864_000)):
-        yield scheduled(options, progress, what, spread_s)
+        yield scheduled(options.dir / "scheduled", options.seconds, what, spread_s)
 
 
-def first_pop(wait: Callable[[], object], directory: str) -> tuple[float, float, float, float]:
-    """Seconds to open and to pop, bytes at the peak of a first pop, seconds of a later empty one."""
+def on_backlog(directory: Path, seconds: float, backlog: int) -> Section:
+    title = f"backlog of {backlog:,}"
+    pair = {FLOOR: floor(directory / "floor"), OURS: ours(directory / "ours")}
+    fill(pair[FLOOR], BACKLOG, title)
+    fill(pair[OURS], backlog, title)
+    if hasattr(os, "sync"):
+        os.sync()  # or the disk is still busy with writing the backlog
+    [(opened, first, memory)] = together([(first_pop, directory / "ours")])
+    rounds = interleave(title, pair, seconds)
+    queue = FemtoQueue(directory / "ours", NODE, keep_done=False)
+    while task := queue.pop():
+        queue.done(task)
+    time.sleep(2.1)  # directories that were just in use are not removed yet
+    queue = FemtoQueue(directory / "ours", NODE)
+    queue.pop()
+    empty = statistics.median(seconds_of(queue.pop) for _ in range(2_000))
+    shutil.rmtree(directory)
+    rows = [
+        Row("open", 1_000 * opened, "ms"),
+        Row("first pop in a new process", 1_000 * first, "ms"),
+        Row("memory for it", memory / 1e6, "MB"),
+        *compare_steps(rounds),
+        Row("pop of the empty queue, after draining", 1e6 * empty, "us"),
+    ]
+    return Section(title, rows)
+
+
+def first_pop(directory: Path) -> tuple[float, float, int]:
+    """Seconds to open and to pop, and bytes at the peak of another first pop."""
     start = time.perf_counter()
     queue = FemtoQueue(directory, NODE)
     opened = time.perf_counter()
-    task = queue.pop()
+    queue.pop()
     popped = time.perf_counter()
-    empty = []
-    for _ in range(2_000 if task is None else 0):
-        begun = time.perf_counter()
-        queue.pop()
-        empty.append(time.perf_counter() - begun)
     queue.close()
     queue = FemtoQueue(directory, NODE)
     tracemalloc.start()
     queue.pop()
     memory = tracemalloc.get_traced_memory()[1]
     queue.close()
-    return opened - start, popped - opened, memory, statistics.median(empty or [0.0])
+    return opened - start, popped - opened, memory
 
 
-def scheduled(options: argparse.Namespace, progress: Progress, what: str, spread_s: int) -> Section:
-    directory = fresh(options.dir, "scheduled")
-    with_none, with_many = ours(directory / "none"), ours(directory / "many")
-    with_none.name, with_many.name = "none scheduled", "many scheduled"
+def scheduled(directory: Path, seconds: float, what: str, spread_s: int) -> Section:
+    """Work beside tasks that fall due an hour from now or later, then all of them falling due."""
+    title = f"{LATER:,} tasks scheduled for later, {what}"
+    base, name = "none scheduled", "many scheduled"
+    pair = {base: ours(directory / "none"), name: ours(directory / "many")}
     queue = FemtoQueue(directory / "many", NODE)
     due_us = time.time_ns() // 1_000 + 3_600_000_000
-    for number in range(LATER):
-        queue.schedule(PAYLOAD, due_us + spread_s * 1_000_000 * number // LATER)
-        if number % ROUND == 0:
-            progress(number / LATER)
-    for contestant in (with_none, with_many):
-        contestant.push(BACKLOG)
-    rounds = interleave([with_none, with_many], progress, options.seconds)
-    rows = [compare(rounds, with_many.name, with_none.name, step, [step]) for step in ALL]
-    # Now the hour is over: for those who look, the time is what the time module says.
-    pops = together([(pop_all_due, str(directory / "many"), 3_600 + spread_s)])[0]
+    times_us = (due_us + spread_s * 1_000_000 * number // LATER for number in range(LATER))
+    fill((lambda data: queue.schedule(data, next(times_us)), queue.pop, None), LATER, title)
+    for contestant in pair.values():
+        fill(contestant, BACKLOG, title)
+    rounds = interleave(title, pair, seconds)
+    [pops] = together([(pop_all_due, directory / "many", 3_600 + spread_s)])
     if len(pops) != LATER + BACKLOG:
         raise SystemExit(f"{len(pops):,} tasks came back of {LATER + BACKLOG:,}")
-    rows.append(Row("longest pop when all are due", max(pops) * 1_000, "ms"))
-    rows.append(Row("99th percentile", statistics.quantiles(pops, n=100)[98] * 1_000, "ms"))
     shutil.rmtree(directory)
-    return Section(f"{LATER:,} tasks scheduled for later, {what}", rows)
+    longest = Row("longest pop when all are due", 1_000 * max(pops), "ms")
+    rest = Row("99th percentile", 1_000 * statistics.quantiles(pops, n=100)[98], "ms")
+    return Section(title, [*compare_steps(rounds, name, base), longest, rest])
 
 
-def pop_all_due(wait: Callable[[], object], directory: str, ahead_s: float) -> list[float]:
+def pop_all_due(directory: Path, ahead_s: float) -> list[float]:
+    """Seconds of each pop, in a process whose clocks are `ahead_s` ahead."""
     wall, monotonic = time.time, time.monotonic
     queue = FemtoQueue(directory, NODE, keep_done=False)
     time.time = lambda: wall() + ahead_s
@@ -552,60 +500,28 @@ def pop_all_due(wait: Callable[[], object], directory: str, ahead_s: float) -> l
         queue.done(task)
 
 
-def peers(options: argparse.Namespace, progress: Progress) -> Iterator[Section]:
-    """Other queues that are installed, each doing the same work at the same durability."""
-    for durable in (False, True):
-        directory = fresh(options.dir, "peers")
-        contestants = [ours(directory / "femtoqueue", durable)]
-        for name, make in PEERS.items():
-            try:
-                (directory / name).mkdir()
-                contestants.append(make(name, directory / name, durable, options))
-            except (ImportError, NotImplementedError) as error:
-                print(f"{name}: left out ({error})", file=sys.stderr)
-        size, batch = (100, 5) if durable else (ROUND, BATCH)
-        for contestant in contestants:
-            contestant.push(size)
-        rounds = interleave(contestants, progress, options.seconds * 3, size=size, batch=batch)
-        rows = [compare(rounds, one.name, OURS, one.name, ALL) for one in contestants]
-        for one, row in zip(contestants, rows, strict=True):
-            row.against += "" if one.acknowledges else "; forgets a task on handing it out"
-        rows[0].ratio = rows[0].base = None
-        survives = "a power cut" if durable else "a killed process, not a power cut"
-        yield Section(f"peers, push + pop + done, what survives {survives}", rows)
-        shutil.rmtree(directory)
+# --- other queues -------------------------------------------------------------------------------------
 
 
-def original(name: str, directory: Path, durable: bool, options: argparse.Namespace) -> Queue:
-    if options.original is None:
-        raise ImportError("name its folder with --original")
-    if durable:
-        raise NotImplementedError("its fsync comes before the data is written")
-    spec = importlib.util.spec_from_file_location("original", options.original / "femtoqueue.py")
-    assert spec and spec.loader
-    module: Any = importlib.util.module_from_spec(spec)
-    sys.modules["original"] = module
-    spec.loader.exec_module(module)
-    queue = module.FemtoQueue(str(directory), NODE)
-    return Queue(name, queue.push, queue.pop, queue.done)
+def original(folder: Path, directory: str, synchronous: int) -> Steps:
+    queue = runpy.run_path(str(folder / "femtoqueue.py"))["FemtoQueue"](directory, NODE)
+    return queue.push, queue.pop, queue.done
 
 
-def persist_queue(name: str, directory: Path, durable: bool, options: argparse.Namespace) -> Queue:
-    queue = importlib.import_module("persistqueue").SQLiteAckQueue(str(directory))
-    queue._putter.execute(f"PRAGMA synchronous = {SYNCHRONOUS[durable]}")
-    return Queue(name, queue.put, lambda: queue.get(block=False, raw=True), queue.ack)
+def persist_queue(directory: str, synchronous: int) -> Steps:
+    queue = importlib.import_module("persistqueue").SQLiteAckQueue(directory)
+    queue._putter.execute(f"PRAGMA synchronous = {synchronous}")
+    return queue.put, lambda: queue.get(block=False, raw=True), queue.ack
 
 
-def litequeue(name: str, directory: Path, durable: bool, options: argparse.Namespace) -> Queue:
-    queue = importlib.import_module("litequeue").LiteQueue(str(directory / "queue.db"))
-    queue.conn.execute(f"PRAGMA synchronous = {SYNCHRONOUS[durable]}")
-    return Queue(name, queue.put, queue.pop, lambda task: queue.done(task.message_id))
+def litequeue(directory: str, synchronous: int) -> Steps:
+    queue = importlib.import_module("litequeue").LiteQueue(f"{directory}/queue.db")
+    queue.conn.execute(f"PRAGMA synchronous = {synchronous}")
+    return queue.put, queue.pop, lambda task: queue.done(task.message_id)
 
 
-def dirq(name: str, directory: Path, durable: bool, options: argparse.Namespace) -> Queue:
-    if durable:
-        raise NotImplementedError("it never calls fsync")
-    queue = importlib.import_module("dirq.QueueSimple").QueueSimple(str(directory))
+def dirq(directory: str, synchronous: int) -> Steps:
+    queue = importlib.import_module("dirq.QueueSimple").QueueSimple(directory)
 
     def pop() -> str | None:
         while element := queue.next() or queue.first():
@@ -614,76 +530,99 @@ def dirq(name: str, directory: Path, durable: bool, options: argparse.Namespace)
                 return str(element)
         return None
 
-    return Queue(name, queue.add, pop, queue.remove)
+    return queue.add, pop, queue.remove
 
 
-def pqueue(name: str, directory: Path, durable: bool, options: argparse.Namespace) -> Queue:
-    if durable:
-        raise NotImplementedError("it never calls fsync")
-    queue = importlib.import_module("pqueue").Queue(str(directory), tempdir=str(directory))
-    return Queue(name, queue.put, queue.get_nowait, lambda task: queue.task_done())
+def pqueue(directory: str, synchronous: int) -> Steps:
+    queue = importlib.import_module("pqueue").Queue(directory, tempdir=directory)
+    return queue.put, queue.get_nowait, lambda task: queue.task_done()
 
 
-def diskcache(name: str, directory: Path, durable: bool, options: argparse.Namespace) -> Queue:
+def diskcache(directory: str, synchronous: int) -> Steps:
     module = importlib.import_module("diskcache")
-    level = 2 if durable else 1
-    cache = module.Cache(str(directory), eviction_policy="none", sqlite_synchronous=level)
+    cache = module.Cache(directory, eviction_policy="none", sqlite_synchronous=synchronous)
     queue = module.Deque.fromcache(cache)
-    return Queue(name, queue.append, queue.popleft, None)
+    return queue.append, queue.popleft, None
 
 
-def huey(name: str, directory: Path, durable: bool, options: argparse.Namespace) -> Queue:
+def huey(directory: str, synchronous: int) -> Steps:
     module = importlib.import_module("huey.storage")
-    queue = module.SqliteStorage(filename=str(directory / "huey.db"), strict_fifo=True)
-    queue.conn.execute(f"PRAGMA synchronous = {SYNCHRONOUS[durable]}")
-    return Queue(name, queue.enqueue, queue.dequeue, None)
+    queue = module.SqliteStorage(filename=f"{directory}/huey.db", strict_fifo=True)
+    queue.conn.execute(f"PRAGMA synchronous = {synchronous}")
+    return queue.enqueue, queue.dequeue, None
 
 
-# All SQLite queues at the same level: what loses the last seconds in a power cut, and what does not.
-SYNCHRONOUS = {False: "NORMAL", True: "FULL"}
-PEERS: dict[str, Callable[[str, Path, bool, argparse.Namespace], Queue]] = {
-    "original 0.4.2": original,
-    "persist-queue": persist_queue,
-    "litequeue": litequeue,
-    "dirq": dirq,
-    "pqueue": pqueue,
-    "diskcache": diskcache,
-    "huey": huey,
+# How each is called, and why it cannot be told to survive a power cut.
+PEERS: dict[str, tuple[Callable[..., Steps], str]] = {
+    "persist-queue": (persist_queue, ""),
+    "litequeue": (litequeue, ""),
+    "dirq": (dirq, "it never calls fsync"),
+    "pqueue": (pqueue, "it never calls fsync"),
+    "diskcache": (diskcache, ""),
+    "huey": (huey, ""),
 }
+NORMAL, FULL = 1, 2  # of SQLite's synchronous: a power cut takes the last seconds, or nothing
+
+
+def peers(options: argparse.Namespace) -> Iterator[Section]:
+    """Other queues that are installed, each doing the same work at the same durability."""
+    if options.original:
+        opener = functools.partial(original, options.original)
+        PEERS["original 0.4.2"] = opener, "its fsync comes before the data is written"
+    for durable, survives in ((False, "a killed process, not a power cut"), (True, "a power cut")):
+        directory = options.dir / f"peers-{durable}"
+        contestants = {OURS: ours(directory / OURS, durable)} | installed(directory, durable)
+        size, batch = (100, 5) if durable else (ROUND, BATCH)
+        for contestant in contestants.values():
+            fill(contestant, size, "peers")
+        rounds = interleave("peers", contestants, options.seconds * 3, size, batch)
+        rows = []
+        for name, (_, _, done) in contestants.items():
+            row = compare(rounds, name, STEPS, name, OURS)
+            row.base = None  # the first row
+            row.against += "" if done else "; forgets a task on handing it out"
+            rows.append(row)
+        rows[0].ratio = None
+        yield Section(f"peers, push + pop + done, what survives {survives}", rows)
+        shutil.rmtree(directory)
+
+
+def installed(directory: Path, durable: bool) -> dict[str, Steps]:
+    found = {}
+    for name, (open_, why_not_durable) in PEERS.items():
+        path = directory / name
+        path.mkdir()
+        try:
+            if durable and why_not_durable:
+                raise ImportError(why_not_durable)
+            found[name] = open_(str(path), FULL if durable else NORMAL)
+        except ImportError as error:
+            print(f"{name}: left out ({error})", file=sys.stderr)
+    return found
 
 
 # --- the report ---------------------------------------------------------------------------------------
 
 
-class Progress:
-    """A line on standard error during long runs, if that is a terminal."""
+def progress(what: str, share: float) -> None:
+    """A bar on standard error, if that is a terminal; without `what`, no bar again."""
+    if sys.stderr.isatty():
+        bar = "█" * round(min(share, 1) * BAR)
+        text = f"{what} {bar:░<{BAR}}" if what else ""
+        print(f"\033[K{text}\r", end="", file=sys.stderr, flush=True)
 
-    def __init__(self) -> None:
-        self.what = ""
-        self.shown = sys.stderr.isatty()
-        self.rich: Any = None
-        try:
-            console = importlib.import_module("rich.console").Console(stderr=True)
-            self.rich = importlib.import_module("rich.progress").Progress(
-                console=console, transient=True
-            )
-        except ImportError:
-            pass
 
-    def __call__(self, share: float) -> None:
-        if self.shown and self.rich:
-            if not self.rich.tasks:
-                self.rich.start()
-                self.rich.add_task("", total=1.0)
-            self.rich.update(self.rich.tasks[0].id, description=self.what, completed=share)
-        elif self.shown:
-            print(f"\r{self.what} {share:4.0%}\033[K", end="", file=sys.stderr, flush=True)
-
-    def close(self) -> None:
-        if self.shown and self.rich:
-            self.rich.stop()
-        elif self.shown:
-            print("\r\033[K", end="", file=sys.stderr)
+def filesystem(path: Path) -> str:
+    """What kind of filesystem `path` is on, with a warning where figures will not be steady."""
+    table = Path("/proc/self/mounts")
+    if not table.exists():
+        return "an unknown filesystem"
+    mounts = [line.split()[:3] for line in table.read_text().splitlines()]
+    above = [mount for mount in mounts if path.resolve().is_relative_to(mount[1])]
+    device, _, kind = max(reversed(above), key=lambda mount: len(mount[1]))
+    if kind == "ext4" and not list(Path("/proc/fs/jbd2").glob(f"{os.path.basename(device)}-*")):
+        kind += " without a journal (creating files is slow there for minutes after many were deleted)"
+    return kind
 
 
 def show(section: Section) -> None:
@@ -691,50 +630,53 @@ def show(section: Section) -> None:
     print(f"\n{section.title}")
     width = max(len(row.what) for row in section.rows)
     units = max(len(row.unit) for row in section.rows)
-    speeds = [max(row.value, row.base or 0) for row in section.rows if row.unit == "tasks/s"]
+    top = max(max(row.value, row.base or 0) for row in section.rows)
+    speeds = any(row.unit == "tasks/s" for row in section.rows)
     for row in section.rows:
         digits = 0 if row.value >= 1_000 else 1 if row.value >= 10 else 2
         bar = ""
         if row.unit == "tasks/s":
-            length, base = (round(x / max(speeds) * BAR) for x in (row.value, row.base or 0))
+            length, base = (round(x / top * BAR) for x in (row.value, row.base or 0))
             bar = ("█" * length).ljust(base, "░")
         ratio = f"{row.ratio:.2f} {row.against}" if row.ratio else ""
+        if row.plain_ratio:
+            ratio += f", {row.plain_ratio:.2f} x of {PLAIN}"
         line = f"  {row.what:{width}} {row.value:9,.{digits}f} {row.unit:{units}}"
         print(f"{line} {bar:{BAR if speeds else 0}} {ratio}".rstrip())
 
 
 def plot(sections: Sequence[Section], about: str, path: Path) -> None:
-    """The same bars as a picture; a line marks what each is compared with."""
+    """The same bars as a picture; a mark is what each is compared with, a grey one plain files."""
     matplotlib = importlib.import_module("matplotlib")
     matplotlib.use("Agg")
     pyplot = importlib.import_module("matplotlib.pyplot")
-    shown = [(s, [r for r in s.rows if r.unit == "tasks/s"]) for s in sections]
-    shown = [(section, rows) for section, rows in shown if rows]
+    shown = [(s.title, [row for row in s.rows if row.unit == "tasks/s"]) for s in sections]
+    shown = [(title, rows) for title, rows in shown if rows]
     heights = [len(rows) + 1 for _, rows in shown]
-    figure, axes = pyplot.subplots(
-        len(shown), figsize=(9, 0.42 * sum(heights) + 1), squeeze=False, height_ratios=heights
-    )
-    for axis, (section, rows) in zip(axes[:, 0], shown, strict=True):
-        names = [row.what for row in rows]
-        ours = [
-            "#2a6f97" if "peers" not in section.title or i == 0 else "#a9b4bd" for i in range(len(rows))
-        ]
-        axis.barh(names, [row.value for row in rows], color=ours, height=0.6)
-        top = max(max(row.value, row.base or 0) for row in rows)
-        for place, row in enumerate(rows):
-            if row.base and "peers" not in section.title:
-                axis.vlines(row.base, place - 0.4, place + 0.4, color="#d1495b")
-            text = f"{row.value:,.0f}" + (f"  ({row.ratio:.2f})" if row.ratio else "")
-            end = row.value if "peers" in section.title else max(row.value, row.base or 0)
-            axis.text(end + top / 80, place, text, va="center", fontsize=8)
-        axis.set_xlim(0, top * 1.18)
-        axis.invert_yaxis()
-        axis.set_title(section.title, loc="left", fontsize=10)
-        axis.tick_params(labelsize=9)
-        axis.spines[["top", "right"]].set_visible(False)
+    size = 9, 0.42 * sum(heights) + 1
+    figure, axes = pyplot.subplots(len(shown), figsize=size, squeeze=False, height_ratios=heights)
+    for axis, (title, rows) in zip(axes[:, 0], shown, strict=True):
+        plot_rows(axis, rows)
+        axis.set_title(title, loc="left", fontsize=10)
     axes[-1, 0].set_xlabel(f"tasks per second; {about}", fontsize=8)
     figure.tight_layout()
     figure.savefig(path, dpi=150)
+
+
+def plot_rows(axis: Any, rows: Sequence[Row]) -> None:
+    colors = ["#a9b4bd" if row.what in PEERS else "#2a6f97" for row in rows]
+    axis.barh([row.what for row in rows], [row.value for row in rows], color=colors, height=0.6)
+    top = max(max(row.value, row.base or 0) for row in rows)
+    for place, row in enumerate(rows):
+        for value, color in ((row.plain, "#e9b44c"), (row.base, "#d1495b")):
+            if value:
+                axis.vlines(value, place - 0.4, place + 0.4, color=color)
+        text = f"{row.value:,.0f}" + (f"  ({row.ratio:.2f})" if row.ratio else "")
+        axis.text(max(row.value, row.base or 0) + top / 80, place, text, va="center", fontsize=8)
+    axis.set_xlim(0, top * 1.18)
+    axis.invert_yaxis()
+    axis.tick_params(labelsize=9)
+    axis.spines[["top", "right"]].set_visible(False)
 
 
 def arguments() -> argparse.Namespace:
@@ -743,40 +685,24 @@ def arguments() -> argparse.Namespace:
         description=about, epilog=usage, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add(
-        "--dir",
-        type=Path,
-        default=Path(tempfile.gettempdir()),
-        help="where to measure (default: %(default)s)",
-    )
-    add("--workers", type=int, metavar="N", help="N processes draining one queue")
+    here = Path(tempfile.gettempdir())
+    add("--dir", type=Path, default=here, help="where to measure (default: %(default)s)")
+    add("--workers", type=int, default=0, metavar="N", help="N processes draining one queue")
     add("--durable", action="store_true", help="with sync_after_write")
     add("--wait", action="store_true", help="idle consumers, wake-up, import")
-    add(
-        "--scale",
-        type=int,
-        nargs="?",
-        const=1_000_000,
-        metavar="MAX",
-        help="backlogs of 1,000 up to MAX (default: 1,000,000), and 100,000 scheduled tasks",
-    )
+    backlogs = "backlogs of 1,000 up to MAX (default: 1,000,000), and 100,000 scheduled tasks"
+    add("--scale", type=int, nargs="?", const=10**6, default=0, metavar="MAX", help=backlogs)
     add("--peers", action="store_true", help="other queues that are installed: pip install '.[bench]'")
     add("--original", type=Path, metavar="DIR", help="with --peers: where femtoqueue.py 0.4.2 is")
     add("--seconds", type=float, default=4.0, metavar="S", help="for each comparison (default: 4)")
     add("--json", action="store_true", help="print the figures for programs")
     add("--plot", type=Path, metavar="FILE", help="draw the bars, such as plot.png; needs matplotlib")
     options = parser.parse_args()
-    if not options.dir.is_dir():
-        parser.error(f"--dir: {options.dir} is not a directory; make it first")
-    if options.workers is not None and options.workers < 1:
-        parser.error("--workers: name at least 1")
-    if options.scale is not None and options.scale < 1_000:
-        parser.error("--scale: name at least 1000")
+    if options.workers < 0 or 0 < options.scale < 1_000:
+        parser.error("--workers takes at least 1, --scale at least 1000")
     if options.original and not (options.original / "femtoqueue.py").is_file():
-        parser.error(
-            f"--original: no femtoqueue.py in {options.original}; "
-            "pip install --target DIR femtoqueue==0.4.2 puts one there"
-        )
+        hint = "pip install --target DIR femtoqueue==0.4.2 puts one there"
+        parser.error(f"--original: no femtoqueue.py in {options.original}; {hint}")
     if options.plot and importlib.util.find_spec("matplotlib") is None:
         parser.error("--plot: matplotlib is not installed; pip install '.[bench]'")
     return options
@@ -785,40 +711,31 @@ def arguments() -> argparse.Namespace:
 def main() -> None:
     options = arguments()
     chosen = {
-        one_process: not (
-            options.workers or options.durable or options.wait or options.scale or options.peers
-        ),
         workers: options.workers,
         durable: options.durable,
         waiting: options.wait,
         scale: options.scale,
         peers: options.peers,
     }
-    about = (
-        f"{len(PAYLOAD)}-byte payloads, {filesystem(options.dir)}, Python {platform.python_version()}"
-    )
+    runs = [run for run, wanted in chosen.items() if wanted] or [one_process]
+    python = platform.python_version()
+    about = f"{len(PAYLOAD)}-byte payloads, {filesystem(options.dir)}, Python {python}"
     if not options.json:
         print(f"femtoqueue {femtoqueue.__version__}, {about}, {os.cpu_count()} cores, in {options.dir}")
-    options.dir = fresh(options.dir, "femtoqueue-benchmark")
-    progress = Progress()
     sections = []
     try:
-        for run in [run for run, wanted in chosen.items() if wanted]:
-            progress.what = run.__name__.replace("_", " ")
-            for section in run(options, progress):
+        with tempfile.TemporaryDirectory(prefix="femtoqueue-benchmark-", dir=options.dir) as directory:
+            options.dir = Path(directory)
+            for section in chain.from_iterable(run(options) for run in runs):
                 sections.append(section)
+                progress("", 0)
                 if not options.json:
-                    progress.close()
                     show(section)
     except OSError as error:
         raise SystemExit(f"{error}; --dir names another place") from error
-    finally:
-        progress.close()
-        shutil.rmtree(options.dir, ignore_errors=True)
     if options.json:
-        print(
-            json.dumps({"about": about, "sections": list(map(dataclasses.asdict, sections))}, indent=1)
-        )
+        rows = [dataclasses.asdict(section) for section in sections]
+        print(json.dumps({"about": about, "sections": rows}, indent=1))
     if options.plot:
         plot(sections, about, options.plot)
 
