@@ -7,7 +7,7 @@
     python3 benchmark_mini.py --scale 1000000          takes minutes, and 5 GB on ext4
     python3 benchmark_mini.py --peers --plot peers.png    after pip install '.[bench]'
 
-The *floor* is a bare Python loop of the system calls that a queue of files cannot do without: create,
+The *floor* is the bare system calls that a queue of files cannot do without, made from Python: create,
 write, close, rename; rename, open, read, close; rename. It keeps no order, checks nothing, and survives
 nothing; nothing that is made of these calls can be faster. *Plain files* are the same steps written as
 one writes Python: `with open(path, "wb") as file: file.write(data)`.
@@ -646,7 +646,7 @@ def show(section: Section) -> None:
 
 
 def plot(sections: Sequence[Section], about: str, path: Path) -> None:
-    """The same bars as a picture; a mark is what each is compared with, a grey one plain files."""
+    """The same bars as a picture; red marks what each is compared with, yellow plain files."""
     matplotlib = importlib.import_module("matplotlib")
     matplotlib.use("Agg")
     pyplot = importlib.import_module("matplotlib.pyplot")
