@@ -3,10 +3,59 @@
 
 Processes are real ones, kills are SIGKILL, time is handed in by patching `time.time`, `time.monotonic`
 and `time.sleep`, and faults are injected at each system call in turn.
+
+The sections are those of the contract: what is on disk, the clock, who is alive, the API in the order of
+its table, the promises, the command line, README, several machines, Windows, the packages.
+
+promise                                tests that hold it
+------------------------------------   ---------------------------------------------------------------
+ 1 whole or not at all, one claimant   test_killed_before_every_filesystem_call, test_threads,
+                                       test_many_processes_many_kills, test_one_node_id_in_two_processes,
+                                       test_many_tasks_for_one_microsecond
+ 2 at least once; after done, fail     test_many_processes_many_kills, TestModel,
+   or cancel never again               test_a_task_is_finished_once, test_a_lost_claim_has_no_verdict,
+                                       test_not_in_progress_once_finished_or_lost,
+                                       test_cancel_drops_a_waiting_task, test_never_none_while_due,
+                                       TestAnswersThatAreLost, TestWhatListingsShow
+ 3 first in, first out                 TestModel, test_wall_clock_steps_reorder_nothing,
+                                       test_the_clock_is_shared, test_time_namespaces,
+                                       test_order_survives_a_reboot, test_order_while_time_is_frozen,
+                                       test_what_comes_back_has_its_old_place,
+                                       test_scheduled_tasks_come_after_what_was_pending
+   a live worker keeps its task        test_live_owner_within_its_lease, test_hidepid, test_foreign_proc,
+                                       test_another_pid_namespace, test_unreadable_proc
+   a dead or hung one's comes back     test_killed, test_zombie, test_pid_reused, test_dropped_object,
+                                       test_live_owner_past_its_lease, test_earlier_boot,
+                                       test_leases_survive_a_reboot
+ 4 a crash loses, breaks and           test_killed_before_every_filesystem_call,
+   leaves nothing                      test_empty_directories_of_owners_elsewhere,
+                                       test_leftovers_of_dead_writers_are_swept_and_those_of_live_ones_are_not
+ 5 so does a power cut                 test_power_cut_after_every_operation,
+                                       test_cancel_and_requeue_can_be_made_again
+ 6 a broken payload is not delivered   test_broken_payload, test_torn_original,
+                                       test_killed_before_every_filesystem_call
+ 7 a call that raises changed          test_failing_at_every_filesystem_call,
+   nothing, and can be made again      test_failing_from_a_filesystem_call_on, test_bad_arguments,
+                                       test_a_task_that_cannot_be_had_holds_up_no_other,
+                                       test_a_push_whose_file_was_deleted, test_errors_of_the_filesystem
+ 8 many threads, and fork              test_threads, test_fork, test_a_forked_child_finishes,
+                                       test_multiprocessing
+ 9 no thread, no signal handler, no    test_no_thread_no_signal_handler_no_open_file,
+   open file, unless run is used       test_run_leaves_no_thread_and_no_reference_behind,
+                                       test_run_restores_the_signal_handlers_before_it
+10 costs do not grow                   test_what_a_task_costs_does_not_grow, test_a_backlog_costs_nothing,
+                                       test_a_drained_queue_costs_what_a_new_one_does,
+                                       test_what_is_scheduled_for_later_costs_nothing,
+                                       test_what_is_done_costs_nothing, test_many_idle_owners_cost_nothing,
+                                       test_system_calls_of_a_task_are_those_of_the_floor,
+                                       test_ids_of_pending_are_lazy, test_buckets, test_empty_buckets_vanish
+   odd files are left alone            test_hostile_directories, test_hostile_entries,
+                                       test_foreign_entries, test_replaced_after_the_listing
 """
 
 from __future__ import annotations
 
+import builtins
 import collections
 import contextlib
 import dataclasses
@@ -39,6 +88,7 @@ import tempfile
 import threading
 import time
 import traceback
+import tracemalloc
 import types
 import uuid
 import venv
@@ -61,7 +111,22 @@ from femtoqueue import STATES, FemtoQueue, FemtoQueueError, FemtoTask, NotInProg
 
 HERE = Path(__file__).resolve().parent
 MODULE = Path(femtoqueue.__file__).resolve()
+README = HERE / "README.md"
 PRELUDE = f"import sys, os, time; sys.path.insert(0, {str(MODULE.parent)!r}); import femtoqueue; from femtoqueue import *\n"
+NOW_US = 1_800_000_000_000_000  # where the `clock` fixture begins
+OLD_ID = "1700000000000000_host_0123456789ab000000.00000000"
+DEAD_OWNER = "host~4194305~1~elsewhere~0"
+SHM = Path("/dev/shm")
+LONG_MS = 10**12  # a lease that never runs out: what comes back is judged dead
+HOUR_US = 3_600_000_000
+durable_or_not = pytest.mark.parametrize("durable", [False, True], ids=["fast", "durable"])
+
+
+# ====================================================================================================
+# What the tests are made of
+# ====================================================================================================
+
+# --- time ---------------------------------------------------------------------------------------------
 
 
 class Time:
@@ -90,25 +155,67 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Time:
     return fake
 
 
+def set_to_real_time(clock: Time) -> None:
+    """Bring the `clock` to where the clocks of the real processes are."""
+    clock.wall = time.clock_gettime(time.CLOCK_REALTIME)
+    clock.boot = time.clock_gettime(time.CLOCK_MONOTONIC)
+
+
+@pytest.fixture
+def now(clock: Time) -> Time:
+    """The `clock`, set to the real time, so that a queue can be shared with real processes."""
+    set_to_real_time(clock)
+    return clock
+
+
+@pytest.fixture
+def no_hang() -> Iterator[None]:
+    """Fail instead of blocking for ever."""
+
+    def stop(number: int, frame: object) -> None:
+        raise TimeoutError("blocked")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.alarm(20)
+    yield
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, before)
+
+
+# --- directories --------------------------------------------------------------------------------------
+
+
 @pytest.fixture
 def directory(tmp_path: Path) -> Path:
     """Where a queue may be made; nothing is there yet."""
     return tmp_path / "queue"
 
 
-def start(code: str, *arguments: object, **options: object) -> subprocess.Popen[str]:
-    """Start a real Python process that runs `code`, with femtoqueue imported; sys.argv[1:] = arguments."""
-    options = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, **options}
-    command = [sys.executable, "-c", PRELUDE + code, *map(str, arguments)]
-    return subprocess.Popen(command, **options)  # type: ignore[call-overload, no-any-return]
+@pytest.fixture
+def scratch(tmp_path: Path) -> Iterator[Path]:
+    """An empty directory, in memory where that can be had."""
+    if not (SHM.is_dir() and os.access(SHM, os.W_OK)):
+        yield tmp_path
+        return
+    path = Path(tempfile.mkdtemp(prefix="femtoqueue-test-", dir=SHM))
+    yield path
+    shutil.rmtree(path)
 
 
-def run(code: str, *arguments: object, **options: object) -> str:
-    """Run `code` in a real process to its end and return what it printed."""
-    process = start(code, *arguments, **options)
-    out, _ = process.communicate(timeout=60)
-    assert process.returncode == 0, out
-    return out
+@pytest.fixture
+def queue(directory: Path) -> FemtoQueue:
+    """A queue of node-1 that holds "a" and "b"."""
+    queue = FemtoQueue(directory, "node-1")
+    queue.push(b"a")
+    queue.push(b"b")
+    return queue
+
+
+def put(path: Path, data: bytes = b"x") -> Path:
+    """Write a file, and make the directories above it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(data)
+    return path
 
 
 def files(directory: Path) -> list[str]:
@@ -116,13 +223,25 @@ def files(directory: Path) -> list[str]:
     return sorted(str(p.relative_to(directory)) for p in directory.rglob("*") if not p.is_dir())
 
 
-# ====================================================================================================
-# The queue: original, names, clock, owners, waiting, arguments, threads
-# ====================================================================================================
+def names(directory: Path, state: str) -> list[str]:
+    """The names of the task files of a state."""
+    return sorted(p.name for p in (directory / state).rglob("*") if not p.is_dir())
 
-NOW_US = 1_800_000_000_000_000  # where the `clock` fixture begins
-OLD_ID = "1700000000000000_host_0123456789ab000000.00000000"
-DEAD_OWNER = "host~4194305~1~elsewhere~0"
+
+def seen(path: Path | bytes, times: bool = True) -> tuple[int, ...]:
+    """All that can be seen of a file or directory, a link not followed."""
+    info = os.lstat(path)
+    change = (info.st_size, info.st_mtime_ns) if times or not stat.S_ISDIR(info.st_mode) else ()
+    return (info.st_mode, info.st_ino, info.st_nlink, *change)
+
+
+def snapshot(directory: Path, times: bool = False) -> dict[bytes, tuple[int, ...]]:
+    """All that can be seen below `directory`; `times`: if something came and went there, too."""
+    found = {os.fsencode(directory): seen(directory, times)}
+    for top, directories, names in os.walk(os.fsencode(directory)):
+        for name in directories + names:
+            found[os.path.join(top, name)] = seen(os.path.join(top, name), times)
+    return found
 
 
 def drained(queue: FemtoQueue) -> list[bytes]:
@@ -142,25 +261,163 @@ def drained_one(queue: FemtoQueue, timeout_s: float = 0) -> bytes:
     return task.data
 
 
-def put(path: Path, data: bytes = b"x") -> Path:
-    """Write a file, and make the directories above it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(data)
-    return path
+class Original:
+    """Writes a directory as version 0.3 and 0.4 of the original femtoqueue do."""
+
+    def __init__(self, directory: Path, *states: str) -> None:
+        self.directory = directory
+        for state in ("creating", "pending", "done", "failed", *states):
+            (directory / state).mkdir(parents=True)
+
+    def add(self, state: str, time_us: int, payload: bytes, size: int | None = None) -> Path:
+        """One task; with `size`, only so much of its file, as a power cut leaves it."""
+        return Original.put(self.directory / state, time_us, payload, size)
+
+    @staticmethod
+    def put(folder: Path, time_us: int, payload: bytes, size: int | None = None) -> Path:
+        name = f"{time_us}_<built-in method hex of bytes object at 0x7f{zlib.crc32(payload):010x}>"
+        return put(folder / name, Original.content(payload)[:size])
+
+    @staticmethod
+    def content(payload: bytes) -> bytes:
+        return b"\x01" + bytes(7) + hashlib.md5(payload).digest() + payload
 
 
-def start_under(prefix: list[str], code: str, *arguments: object) -> subprocess.Popen[str]:
-    """`start`, by way of another command."""
-    command = [*prefix, sys.executable, "-c", PRELUDE + code, *map(str, arguments)]
-    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+def where(directory: Path, state: str) -> str:
+    """The one file below `state`, relative to it."""
+    [name] = files(directory / state)
+    return name
 
 
-def run_under(prefix: list[str], code: str, *arguments: object) -> str:
-    """`run`, by way of another command."""
-    process = start_under(prefix, code, *arguments)
+# --- processes ----------------------------------------------------------------------------------------
+
+Process = subprocess.Popen[str]
+Spawn = Callable[..., Process]
+
+
+def start(
+    code: str, *arguments: object, under: Iterable[str] = (), **options: Any
+) -> subprocess.Popen[str]:
+    """Start a real Python process that runs `code`, with femtoqueue imported; sys.argv[1:] = arguments.
+
+    `under`: another command, by way of which it is started.
+    """
+    pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    command = [*under, sys.executable, "-c", PRELUDE + code, *map(str, arguments)]
+    return subprocess.Popen(command, **pipes | options)
+
+
+def run(code: str, *arguments: object, under: Iterable[str] = ()) -> str:
+    """Run `code` in a real process to its end and return what it printed."""
+    process = start(code, *arguments, under=under)
     out, _ = process.communicate(timeout=60)
     assert process.returncode == 0, out
     return out
+
+
+def say(process: Process, line: str = "") -> None:
+    """Write a line to a process: to what it evaluates, or to let it go on that waits in input()."""
+    assert process.stdin
+    process.stdin.write(line + "\n")
+    process.stdin.flush()
+
+
+def expect(process: Process, line: str) -> None:
+    """Wait for the next line that the process prints, which must be this one."""
+    assert process.stdout
+    assert process.stdout.readline().rstrip("\n") == line
+
+
+def tell(process: Process, expression: str) -> str:
+    """Have a process that `claimed_by` started evaluate this; return what it prints."""
+    say(process, expression)
+    assert process.stdout
+    return process.stdout.readline().strip()
+
+
+def ending(process: Process) -> tuple[str, int]:
+    """What else the process prints, errors behind the rest, and its exit status."""
+    assert process.stdin and process.stdout and process.stderr
+    process.stdin.close()
+    # Not communicate(): that loses what readline() has read ahead.
+    return process.stdout.read() + process.stderr.read(), process.wait()
+
+
+def killed(process: Process) -> None:
+    """End a process with SIGKILL, and wait for it."""
+    process.kill()
+    process.wait()
+
+
+@pytest.fixture
+def guard() -> Iterator[Callable[[Process], Process]]:
+    """Sees that a process ends with the test, or after 30 s if the test waits in vain."""
+    with contextlib.ExitStack() as stack:
+
+        def guard(process: Process) -> Process:
+            stack.enter_context(process)
+            watchdog = threading.Timer(30, process.kill)
+            watchdog.start()
+            stack.callback(watchdog.cancel)
+            stack.callback(process.kill)
+            return process
+
+        yield guard
+
+
+@pytest.fixture
+def spawn(guard: Callable[[Process], Process]) -> Spawn:
+    """`start`, guarded."""
+    return lambda code, *arguments: guard(start(code, *arguments, stderr=subprocess.PIPE))
+
+
+def executed(*command: object, **options: Any) -> subprocess.CompletedProcess[str]:
+    """Run a command to its end; its status, and all that it printed."""
+    return subprocess.run(
+        [*map(str, command)],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=300,
+        check=False,
+        **options,
+    )
+
+
+def execute(*command: object, succeeds: bool = True, **options: Any) -> str:
+    """Run a command, which must succeed, to its end, and return all that it printed."""
+    process = executed(*command, **options)
+    assert (process.returncode == 0) is succeeds, process.stdout
+    return process.stdout
+
+
+def forked(work: Callable[[], object], report: int | None = None) -> int:
+    """Do something in a forked child; its status is 0 if nothing was raised.
+
+    The traceback of what was raised goes to the descriptor `report`, or to standard error.
+    """
+    pid = os.fork()
+    if pid:
+        return pid
+    status = 1
+    try:
+        work()
+        status = 0
+    except BaseException:
+        os.write(2 if report is None else report, traceback.format_exc().encode())
+    finally:
+        os._exit(status)
+
+
+def in_child(work: Callable[[], object]) -> tuple[int, str]:
+    """Do `work` in a forked process to its end; its wait status and, if it raised, the traceback."""
+    read_end, write_end = os.pipe()
+    pid = forked(work, write_end)
+    os.close(write_end)
+    with open(read_end) as pipe:
+        text = pipe.read()
+    return os.waitpid(pid, 0)[1], text
 
 
 def needs(*command: str) -> pytest.MarkDecorator:
@@ -193,6 +450,21 @@ real, booted = time.monotonic, time.monotonic()
 time.time = lambda: 978_307_200 + real() - booted
 time.monotonic = lambda: real() - booted
 """
+AS_NOBODY = """
+os.setgroups([])
+os.setgid(65534)
+os.setuid(65534)
+"""
+
+
+@pytest.fixture
+def open_to_all() -> Iterator[Path]:
+    """Where a queue may be made that every user of this machine can reach."""
+    with tempfile.TemporaryDirectory() as top:
+        os.chmod(top, 0o755)
+        yield Path(top, "queue")
+
+
 CLAIM = """
 queue = FemtoQueue(sys.argv[1], sys.argv[2])
 task = queue.pop()
@@ -206,11 +478,9 @@ for line in sys.stdin:
 
 
 @contextmanager
-def claimed_by(
-    directory: Path, node_id: str, prefix: list[str] | None = None
-) -> Iterator[subprocess.Popen[str]]:
+def claimed_by(directory: Path, node_id: str, under: Iterable[str] = ()) -> Iterator[Process]:
     """A real process that has claimed the oldest task, and then does what it is told."""
-    process = start_under(prefix or [], CLAIM, directory, node_id)
+    process = start(CLAIM, directory, node_id, under=under)
     try:
         assert process.stdout and process.stdout.readline(), "it did not get the task"
         yield process
@@ -219,207 +489,131 @@ def claimed_by(
         process.communicate()
 
 
-def tell(process: subprocess.Popen[str], expression: str) -> str:
-    """Have a process that `claimed_by` started evaluate this; return what it prints."""
-    assert process.stdin and process.stdout
-    process.stdin.write(expression + "\n")
-    process.stdin.flush()
-    return process.stdout.readline().strip()
+# --- faults -------------------------------------------------------------------------------------------
+
+HOOKED = (
+    *("open", "read", "write", "close", "fsync", "fstat", "lseek", "posix_fadvise", "stat", "lstat"),
+    *("rename", "link", "unlink", "mkdir", "rmdir", "scandir"),
+)
+REAL = {name: getattr(os, name) for name in HOOKED}
 
 
-def killed(process: subprocess.Popen[str]) -> None:
-    """End a process with SIGKILL, and wait for it."""
-    process.kill()
-    process.wait()
+class Steps:
+    """Counts the filesystem calls of a block; from call `at` on, `meet` stands in for them."""
+
+    def __init__(self, at: int, meet: Callable[..., Any], once: bool = True) -> None:
+        self.at = at
+        self.meet = meet
+        self.once = once
+        self.count = 0
+        self.met = ""
+
+    def __enter__(self) -> Steps:
+        for name in HOOKED:
+            setattr(os, name, functools.partial(self._step, name))
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for name, call in REAL.items():
+            setattr(os, name, call)
+
+    def _step(self, name: str, *args: Any, **kwargs: Any) -> Any:
+        self.count += 1
+        if self.count == self.at or (self.count > self.at and not self.once):
+            self.met = self.met or name
+            return self.meet(name, *args, **kwargs)
+        return REAL[name](*args, **kwargs)
 
 
-def set_to_real_time(clock: Time) -> None:
-    """Bring the `clock` to where the clocks of the real processes are."""
-    clock.wall = time.clock_gettime(time.CLOCK_REALTIME)
-    clock.boot = time.clock_gettime(time.CLOCK_MONOTONIC)
+def break_call(monkeypatch: pytest.MonkeyPatch, name: str, at: int) -> None:
+    """Let the call number `at` of os.<name> raise EIO."""
+    real = getattr(os, name)
+    count = itertools.count()
+
+    def broken(*arguments: object, **options: object) -> object:
+        if next(count) == at:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return real(*arguments, **options)
+
+    monkeypatch.setattr(os, name, broken)
+
+
+class Refusal:
+    """Makes calls on some paths fail, as for a user without the rights: root has all of them."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.rules: list[tuple[tuple[str, ...], str, int]] = []
+        for name in ("rename", "link", "unlink", "open", "scandir"):
+            monkeypatch.setattr(os, name, functools.partial(self._call, name, getattr(os, name)))
+
+    def __call__(self, what: str, part: str, code: int) -> None:
+        """From now on, to `what` any path with `part` in it fails with `code`."""
+        calls = {"move": ("rename", "link", "unlink"), "open": ("open",), "list": ("scandir",)}[what]
+        self.rules.append((calls, part, code))
+
+    def _call(self, name: str, real: Callable[..., Any], path: Any, *rest: Any, **options: Any) -> Any:
+        for refused, part, code in self.rules:
+            if name in refused and part in os.fspath(path):
+                raise OSError(code, os.strerror(code), path)
+        return real(path, *rest, **options)
 
 
 @pytest.fixture
-def now(clock: Time) -> Time:
-    """The `clock`, set to the real time, so that a queue can be shared with real processes."""
-    set_to_real_time(clock)
-    return clock
+def refuse(monkeypatch: pytest.MonkeyPatch) -> Refusal:
+    return Refusal(monkeypatch)
 
 
 @pytest.fixture
-def no_hang() -> Iterator[None]:
-    """Fail instead of blocking for ever."""
+def vanish(monkeypatch: pytest.MonkeyPatch) -> Callable[[Path], None]:
+    """vanish(path): somebody deletes this file right after it was looked at for the first time."""
+    doomed: list[str] = []
 
-    def stop(number: int, frame: object) -> None:
-        raise TimeoutError("blocked")
+    def look_once(real: Callable[..., Any], path: Any, *rest: Any, **options: Any) -> Any:
+        info = real(path, *rest, **options)
+        if path in doomed:
+            doomed.remove(path)
+            os.unlink(path)
+        return info
 
-    before = signal.signal(signal.SIGALRM, stop)
-    signal.alarm(20)
-    yield
-    signal.alarm(0)
-    signal.signal(signal.SIGALRM, before)
+    for name in ("stat", "lstat"):
+        monkeypatch.setattr(os, name, functools.partial(look_once, getattr(os, name)))
+    return lambda path: doomed.append(str(path))
 
 
-# --- the API, and the original's directories ----------------------------------------------------------
+@pytest.fixture
+def unlogged(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody keeps what is logged: with its traceback, an error keeps queue objects alive."""
+    monkeypatch.setattr(logging.getLogger("femtoqueue"), "disabled", True)
 
 
-def test_signature() -> None:
-    """The constructor takes what the original's takes, in its order, and more by keyword only."""
-    assert str(inspect.signature(FemtoQueue)).replace("'", "").replace(" -> None", "") == (
-        "(data_dir: str | os.PathLike[str], node_id: str, timeout_stale_ms: float = 30000, "
-        "sync_after_write: bool = False, *, max_attempts: int | None = None, keep_done: bool = True, "
-        "keep_failed: bool = True, maxsize: int = 0)"
+# --- figures ------------------------------------------------------------------------------------------
+
+FIGURES: dict[str, collections.Counter[str]] = {}
+
+
+def figure(promise: str, **counts: int) -> None:
+    """Add to the figures that are shown when all tests have run."""
+    FIGURES.setdefault(promise, collections.Counter()).update(
+        {name.replace("_", " "): count for name, count in counts.items()}
     )
 
 
-def test_finished_files(directory: Path) -> None:
-    """done/<task.id> exists after done, failed/<task.id> after fail, each with the payload."""
-    queue = FemtoQueue(directory, "a")
-    ids = [queue.push(b"good"), queue.push(b"bad")]
-    good, bad = queue.pop(), queue.pop()
-    assert good and bad
-    assert [(good.id, good.data), (bad.id, bad.data)] == [(ids[0], b"good"), (ids[1], b"bad")]
-    queue.done(good)
-    queue.fail(bad)
-    assert (directory / "done" / good.id).read_bytes() == b"good"
-    assert (directory / "failed" / bad.id).read_bytes() == b"bad"
-    assert queue.pop() is None
+@pytest.fixture(scope="session", autouse=True)
+def _show_figures(request: pytest.FixtureRequest) -> Iterator[None]:
+    yield
+    with request.config.pluginmanager.getplugin("capturemanager").global_and_fixture_disabled():
+        for promise, counts in FIGURES.items():
+            figures = ", ".join(f"{count:,} {name}" for name, count in counts.items())
+            print(f"\n{promise}: {figures}", end="")
 
 
-@pytest.mark.parametrize("kind", [str, Path])
-def test_data_dir(directory: Path, kind: type) -> None:
-    """data_dir is a str or a path, of a directory that is made if need be."""
-    FemtoQueue(kind(directory / "deep" / "er"), "a").push(b"x")
-    assert drained(FemtoQueue(directory / "deep" / "er", "b")) == [b"x"]
+# ====================================================================================================
+# On disk
+# ====================================================================================================
 
-
-class Original:
-    """Writes a directory as version 0.3 and 0.4 of the original femtoqueue do."""
-
-    def __init__(self, directory: Path, *states: str) -> None:
-        self.directory = directory
-        for state in ("creating", "pending", "done", "failed", *states):
-            (directory / state).mkdir(parents=True)
-
-    def add(self, state: str, time_us: int, payload: bytes, size: int | None = None) -> Path:
-        """One task; with `size`, only so much of its file, as a power cut leaves it."""
-        return Original.put(self.directory / state, time_us, payload, size)
-
-    @staticmethod
-    def put(folder: Path, time_us: int, payload: bytes, size: int | None = None) -> Path:
-        name = f"{time_us}_<built-in method hex of bytes object at 0x7f{zlib.crc32(payload):010x}>"
-        return put(folder / name, Original.content(payload)[:size])
-
-    @staticmethod
-    def content(payload: bytes) -> bytes:
-        return b"\x01" + bytes(7) + hashlib.md5(payload).digest() + payload
-
-
-@pytest.mark.parametrize("version", ["0.3", "0.4"])
-def test_original_directory(directory: Path, clock: Time, version: str) -> None:
-    """A directory of the original opens with nothing lost: pending, scheduled, in progress."""
-    original = Original(directory, *(["scheduled"] if version == "0.4" else []), "node-1", "node-2")
-    later = "scheduled" if version == "0.4" else "pending"
-    original.add(later, NOW_US + 60_000_000, b"scheduled")
-    original.add("pending", NOW_US - 10, b"pending 1")
-    original.add("pending", NOW_US - 5, b"")
-    original.add("node-1", NOW_US - 30, b"in progress 1")
-    original.add("node-2", NOW_US - 20, b"in progress 2")
-    queue = FemtoQueue(directory, "node-1")
-    queue.push(b"ours")
-    assert drained(queue) == [b"in progress 1", b"in progress 2", b"pending 1", b"", b"ours"]
-    assert not (directory / "node-1").exists() and not (directory / "node-2").exists()
-    clock.advance(59)
-    assert queue.pop() is None
-    clock.advance(2)
-    assert drained(queue) == [b"scheduled"]
-
-
-@pytest.mark.parametrize("size", [0, 5, 23, 24, 30])
-@pytest.mark.parametrize("state", ["pending", "scheduled", "node-1"])
-def test_torn_original(directory: Path, clock: Time, state: str, size: int) -> None:
-    """A task of the original that does not match its digest goes to corrupt/, and the queue goes on."""
-    original = Original(directory, "scheduled", "node-1")
-    torn = original.add(state, NOW_US - 20, b"payload", size)
-    original.add("pending", NOW_US - 10, b"whole")
-    queue = FemtoQueue(directory, "a")
-    assert drained(queue) == [b"whole"]
-    assert list(queue.ids("corrupt")) == [torn.name]
-    assert not torn.exists()
-
-
-@pytest.mark.parametrize("size", [0, 9, 5_000, 3 << 20])
-@pytest.mark.parametrize("call", ["done", "fail", "retry", "retry later", "close"])
-def test_original_file_holds_the_payload(directory: Path, clock: Time, size: int, call: str) -> None:
-    """From the first claim on, the file of a task of the original holds exactly the payload."""
-    payload = os.urandom(size)
-    name = Original(directory).add("pending", NOW_US - 10, payload).name
-    queue = FemtoQueue(directory, "a")
-    task = queue.pop()
-    assert task and (task.id, task.data, task.attempt) == (name, payload, 1)
-    assert Path(task.path).read_bytes() == payload
-    assert queue.status(name) == "in_progress" and os.listdir(directory / "creating") == []
-    queue.touch(task)
-    assert Path(task.path).read_bytes() == task.data == payload
-    if call in ("retry", "retry later"):
-        queue.retry(task, 1_000 if call == "retry later" else 0)
-    else:
-        getattr(queue, call)(*[task] * (call != "close"))
-    [path] = directory.rglob(f"{name}*")
-    assert path.read_bytes() == payload
-    if call in ("done", "fail"):
-        assert path == directory / {"done": "done", "fail": "failed"}[call] / name
-        return
-    clock.advance(2)
-    task = FemtoQueue(directory, "b").pop()
-    assert task and (task.id, task.data, task.attempt) == (name, payload, 2)
-    assert Path(task.path).read_bytes() == payload
-
-
-def test_large_original(directory: Path, clock: Time) -> None:
-    """A payload over 1 MiB that the original wrote is delivered without its header, too."""
-    payload = os.urandom(3 << 20)
-    Original(directory).add("pending", NOW_US - 10, payload)
-    assert drained(FemtoQueue(directory, "a")) == [payload]
-
-
-def test_original_directory_opened_by_several_at_once(directory: Path) -> None:
-    """Workers that open an original directory at the same time lose nothing, and none of them fails."""
-    original = Original(directory, "scheduled")
-    for number in range(600):
-        original.add(f"node-{number % 60}", 1_700_000_000_000_000 + number, b"%d" % number)
-    open_and_drain = """
-    print("ready", flush=True)
-    sys.stdin.readline()
-    queue = FemtoQueue(sys.argv[1], sys.argv[2])
-    print("open", flush=True)
-    sys.stdin.readline()
-    while task := queue.pop():
-        print(task.data.decode())
-        queue.done(task)
-    """
-    code = inspect.cleandoc(open_and_drain)
-    workers = [start(code, directory, f"w{number}") for number in range(4)]
-    for answer in ("ready\n", "open\n"):
-        for worker in workers:
-            assert worker.stdout and worker.stdout.readline() == answer
-        for worker in workers:
-            assert worker.stdin
-            worker.stdin.write("go\n")
-            worker.stdin.flush()
-    found = [number for worker in workers for number in worker.communicate(timeout=60)[0].split()]
-    assert sorted(map(int, found)) == list(range(600))
-
-
-# --- on disk ------------------------------------------------------------------------------------------
+# --- names and files ----------------------------------------------------------------------------------
 
 ID = r"\d{16}_node-1_[0-9a-f]{18,}\.[0-9a-f]{8}"
-
-
-def where(directory: Path, state: str) -> str:
-    """The one file below `state`, relative to it."""
-    [name] = files(directory / state)
-    return name
 
 
 def test_files_and_names(directory: Path, clock: Time) -> None:
@@ -466,6 +660,112 @@ def test_scheduled_names(directory: Path, clock: Time) -> None:
     assert re.fullmatch(rf"\d{{16}}/{re.escape(id)}~0~{due_us}", where(directory, "scheduled"))
     assert int(id[:16]) == due_us
     assert NOW_US <= int(queue.schedule(b"x", NOW_US - 3_600_000_000)[:16]) < NOW_US + 10
+
+
+def test_the_id_never_changes(directory: Path, clock: Time) -> None:
+    """The id that push returned is what pop hands out and status takes; it never changes."""
+    queue = FemtoQueue(directory, "a")
+    id = queue.push(b"x")
+    states = [queue.status(id)]
+
+    def pop() -> FemtoTask:
+        task = queue.pop()
+        assert task and task.id == id
+        states.append(queue.status(id))
+        return task
+
+    queue.retry(pop())
+    queue.retry(pop(), delay_ms=1_000)
+    states.append(queue.status(id))
+    clock.advance(1.1)
+    pop()
+    clock.advance(31)  # the lease runs out
+    queue.fail(pop())
+    states.append(queue.status(id))
+    assert queue.requeue(id)
+    queue.done(pop())
+    states.append(queue.status(id))
+    assert states == [
+        *("pending", "in_progress", "in_progress", "scheduled", "in_progress", "in_progress"),
+        *("failed", "in_progress", "done"),
+    ]
+    assert queue.status("0" * 16 + id[16:]) is None
+
+
+def test_attempts_are_counted_in_the_name_at_each_claim(directory: Path, clock: Time) -> None:
+    """Every claim uses up one delivery, before the task is handed out, and a lost lease counts too."""
+    q = FemtoQueue(directory, "node", timeout_stale_ms=1_000)
+    id = q.push(b"x")
+    for attempt in (1, 2, 3):
+        task = FemtoQueue(directory, f"node{attempt}", timeout_stale_ms=1_000).pop()
+        assert task.attempt == attempt
+        (name,) = names(directory, "in_progress")
+        assert name.startswith(f"{id}~{attempt}~")
+        clock.advance(1.1)
+
+
+def test_done_and_failed_hold_the_payload(directory: Path) -> None:
+    """done/<task.id> exists after done, failed/<task.id> after fail, each with the payload."""
+    queue = FemtoQueue(directory, "a")
+    ids = [queue.push(b"good"), queue.push(b"bad")]
+    good, bad = queue.pop(), queue.pop()
+    assert good and bad
+    assert [(good.id, good.data), (bad.id, bad.data)] == [(ids[0], b"good"), (ids[1], b"bad")]
+    queue.done(good)
+    queue.fail(bad)
+    assert (directory / "done" / good.id).read_bytes() == b"good"
+    assert (directory / "failed" / bad.id).read_bytes() == b"bad"
+    assert queue.pop() is None
+
+
+def test_many_tasks_for_one_microsecond(directory: Path, clock: Time) -> None:
+    """1,000 equal payloads scheduled for the same microsecond are 1,000 tasks."""
+    queue = FemtoQueue(directory, "a")
+    ids = [queue.schedule(b"same", NOW_US + 1_000_000) for _ in range(1_000)]
+    assert len(set(ids)) == 1_000
+    clock.advance(2)
+    assert drained(queue) == [b"same"] * 1_000
+    assert sorted(queue.ids("done")) == sorted(ids)
+
+
+def test_one_node_id_in_two_processes(directory: Path) -> None:
+    """Two processes with one node_id never make the same id, not even in the same microsecond."""
+    code = """
+time.time = lambda: 1_800_000_000.0
+time.monotonic = lambda: 5_000.0
+queue = FemtoQueue(sys.argv[1], "same")
+for _ in range(200):
+    print(queue.push(b"same"), queue.schedule(b"same", 1_800_000_001_000_000))
+"""
+    ids = [id for _ in range(2) for id in run(code, directory).split()]
+    queue = FemtoQueue(directory, "a")
+    assert len(set(ids)) == 800
+    assert sorted([*queue.ids("pending"), *queue.ids("scheduled")]) == sorted(ids)
+
+
+def test_long_names(directory: Path, clock: Time) -> None:
+    """The longest node_id has room in every state's names; a name that has not is left alone."""
+    queue = FemtoQueue(directory, "é" * 32)
+    id = queue.push(b"x")
+    task = queue.pop()
+    assert task
+    queue.touch(task)
+    queue.retry(task, delay_ms=1)
+    clock.advance(1)
+    task = queue.pop()
+    assert task and task.id == id
+    queue.retry(task)
+    assert drained(queue) == [b"x"]
+    for length in (221, 240, 255):
+        put(directory / "pending" / f"1700000000000000_{'x' * (length - 17)}")
+    before = snapshot(directory)
+    assert queue.pop() is None
+    assert snapshot(directory) == before
+    put(directory / "pending" / f"1700000000000000_{'x' * 183}", b"200 bytes")
+    assert drained(queue) == [b"200 bytes"]
+
+
+# --- buckets ------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("state", ["pending", "scheduled"])
@@ -566,73 +866,7 @@ def test_bucket_vanishes_during_a_push(
     assert drained(queue) == [b"x"]
 
 
-def test_the_id_never_changes(directory: Path, clock: Time) -> None:
-    """The id that push returned is what pop hands out and status takes; it never changes."""
-    queue = FemtoQueue(directory, "a")
-    id = queue.push(b"x")
-    states = [queue.status(id)]
-
-    def pop() -> FemtoTask:
-        task = queue.pop()
-        assert task and task.id == id
-        states.append(queue.status(id))
-        return task
-
-    queue.retry(pop())
-    queue.retry(pop(), delay_ms=1_000)
-    states.append(queue.status(id))
-    clock.advance(1.1)
-    pop()
-    clock.advance(31)  # the lease runs out
-    queue.fail(pop())
-    states.append(queue.status(id))
-    assert queue.requeue(id)
-    queue.done(pop())
-    states.append(queue.status(id))
-    assert states == [
-        *("pending", "in_progress", "in_progress", "scheduled", "in_progress", "in_progress"),
-        *("failed", "in_progress", "done"),
-    ]
-    assert queue.status("0" * 16 + id[16:]) is None
-
-
-def test_many_tasks_for_one_microsecond(directory: Path, clock: Time) -> None:
-    """1,000 equal payloads scheduled for the same microsecond are 1,000 tasks."""
-    queue = FemtoQueue(directory, "a")
-    ids = [queue.schedule(b"same", NOW_US + 1_000_000) for _ in range(1_000)]
-    assert len(set(ids)) == 1_000
-    clock.advance(2)
-    assert drained(queue) == [b"same"] * 1_000
-    assert sorted(queue.ids("done")) == sorted(ids)
-
-
-def test_one_node_id_in_two_processes(directory: Path) -> None:
-    """Two processes with one node_id never make the same id, not even in the same microsecond."""
-    code = """
-time.time = lambda: 1_800_000_000.0
-time.monotonic = lambda: 5_000.0
-queue = FemtoQueue(sys.argv[1], "same")
-for _ in range(200):
-    print(queue.push(b"same"), queue.schedule(b"same", 1_800_000_001_000_000))
-"""
-    ids = [id for _ in range(2) for id in run(code, directory).split()]
-    queue = FemtoQueue(directory, "a")
-    assert len(set(ids)) == 800
-    assert sorted([*queue.ids("pending"), *queue.ids("scheduled")]) == sorted(ids)
-
-
-@pytest.mark.parametrize("size", [0, 1, 1 << 16, (1 << 20) + 1])
-def test_broken_payload(directory: Path, size: int, caplog: pytest.LogCaptureFixture) -> None:
-    """A payload that does not match its checksum goes to corrupt/ and the log; the queue goes on."""
-    queue = FemtoQueue(directory, "a")
-    id = queue.push(b"x" * size)
-    [name] = files(directory / "pending")
-    put(directory / "pending" / name, b"y" + b"x" * (size - 1))
-    queue.push(b"next")
-    with caplog.at_level(logging.WARNING, "femtoqueue"):
-        assert drained(queue) == [b"next"]
-    assert id in caplog.text
-    assert queue.status(id) == "corrupt" and (directory / "corrupt" / id).exists()
+# --- tasks of shell scripts, and of the original ------------------------------------------------------
 
 
 @pytest.mark.parametrize("data", [b"", b"hello\n", b"\x01" + bytes(23) + b"not of the original"])
@@ -647,6 +881,101 @@ def test_shell_push(directory: Path, data: bytes) -> None:
     assert (directory / "done" / name).read_bytes() == data
 
 
+@pytest.mark.parametrize("version", ["0.3", "0.4"])
+def test_original_directory(directory: Path, clock: Time, version: str) -> None:
+    """A directory of the original opens with nothing lost: pending, scheduled, in progress."""
+    original = Original(directory, *(["scheduled"] if version == "0.4" else []), "node-1", "node-2")
+    later = "scheduled" if version == "0.4" else "pending"
+    original.add(later, NOW_US + 60_000_000, b"scheduled")
+    original.add("pending", NOW_US - 10, b"pending 1")
+    original.add("pending", NOW_US - 5, b"")
+    original.add("node-1", NOW_US - 30, b"in progress 1")
+    original.add("node-2", NOW_US - 20, b"in progress 2")
+    queue = FemtoQueue(directory, "node-1")
+    queue.push(b"ours")
+    assert drained(queue) == [b"in progress 1", b"in progress 2", b"pending 1", b"", b"ours"]
+    assert not (directory / "node-1").exists() and not (directory / "node-2").exists()
+    clock.advance(59)
+    assert queue.pop() is None
+    clock.advance(2)
+    assert drained(queue) == [b"scheduled"]
+
+
+@pytest.mark.parametrize("size", [0, 5, 23, 24, 30])
+@pytest.mark.parametrize("state", ["pending", "scheduled", "node-1"])
+def test_torn_original(directory: Path, clock: Time, state: str, size: int) -> None:
+    """A task of the original that does not match its digest goes to corrupt/, and the queue goes on."""
+    original = Original(directory, "scheduled", "node-1")
+    torn = original.add(state, NOW_US - 20, b"payload", size)
+    original.add("pending", NOW_US - 10, b"whole")
+    queue = FemtoQueue(directory, "a")
+    assert drained(queue) == [b"whole"]
+    assert list(queue.ids("corrupt")) == [torn.name]
+    assert not torn.exists()
+
+
+@pytest.mark.parametrize("size", [0, 9, 5_000, 3 << 20])
+@pytest.mark.parametrize("call", ["done", "fail", "retry", "retry later", "close"])
+def test_original_file_keeps_its_header(directory: Path, clock: Time, size: int, call: str) -> None:
+    """The file of a task of the original stays as it was; `data` is the payload, at each delivery."""
+    payload = os.urandom(size)
+    path = Original(directory).add("pending", NOW_US - 10, payload)
+    name, content = path.name, path.read_bytes()
+    queue = FemtoQueue(directory, "a")
+    task = queue.pop()
+    assert task and (task.id, task.data, task.attempt) == (name, payload, 1)
+    assert queue.status(name) == "in_progress"
+    queue.touch(task)
+    assert task.data == payload and Path(task.path).read_bytes() == content
+    if call in ("retry", "retry later"):
+        queue.retry(task, 1_000 if call == "retry later" else 0)
+    else:
+        getattr(queue, call)(*[task] * (call != "close"))
+    [path] = directory.rglob(f"{name}*")
+    assert path.read_bytes() == content
+    if call in ("done", "fail"):
+        assert path == directory / {"done": "done", "fail": "failed"}[call] / name
+        return
+    clock.advance(2)
+    task = FemtoQueue(directory, "b").pop()
+    assert task and (task.id, task.data, task.attempt) == (name, payload, 2)
+
+
+def test_large_original(directory: Path, clock: Time) -> None:
+    """A payload over 1 MiB that the original wrote is delivered without its header, too."""
+    payload = os.urandom(3 << 20)
+    Original(directory).add("pending", NOW_US - 10, payload)
+    assert drained(FemtoQueue(directory, "a")) == [payload]
+
+
+def test_original_directory_opened_by_several_at_once(directory: Path) -> None:
+    """Workers that open an original directory at the same time lose nothing, and none of them fails."""
+    original = Original(directory, "scheduled")
+    for number in range(600):
+        original.add(f"node-{number % 60}", 1_700_000_000_000_000 + number, b"%d" % number)
+    open_and_drain = """
+    print("ready", flush=True)
+    sys.stdin.readline()
+    queue = FemtoQueue(sys.argv[1], sys.argv[2])
+    print("open", flush=True)
+    sys.stdin.readline()
+    while task := queue.pop():
+        print(task.data.decode())
+        queue.done(task)
+    """
+    code = inspect.cleandoc(open_and_drain)
+    workers = [start(code, directory, f"w{number}") for number in range(4)]
+    for answer in ("ready", "open"):
+        for worker in workers:
+            expect(worker, answer)
+        for worker in workers:
+            say(worker)
+    found = [number for worker in workers for number in worker.communicate(timeout=60)[0].split()]
+    assert sorted(map(int, found)) == list(range(600))
+
+
+# --- what else lies about -----------------------------------------------------------------------------
+
 STATE_DIRS = ("", "creating", "pending", "scheduled", "in_progress", "done", "failed", "corrupt")
 FOREIGN = (
     *(b".DS_Store", b".nfs000000000001", b"1700000000000000", b"notes.txt", b"5_x", b"\xff\xfe"),
@@ -658,16 +987,6 @@ FOREIGN = (
         OLD_ID.encode() + b"~1~99",
     ),
 )
-
-
-def snapshot(directory: Path) -> dict[bytes, tuple[int, int]]:
-    """Kind and inode of all that is below `directory`, links not followed."""
-    found = {}
-    for top, directories, names in os.walk(os.fsencode(directory)):
-        for name in directories + names:
-            info = os.lstat(os.path.join(top, name))
-            found[os.path.join(top, name)] = (info.st_mode, info.st_ino)
-    return found
 
 
 def try_everything(queue: FemtoQueue, *ids: str) -> None:
@@ -760,29 +1079,188 @@ def test_replaced_after_the_listing(directory: Path, kind: str, no_hang: None) -
     assert drained(queue) == [b"3"]
 
 
-def test_long_names(directory: Path, clock: Time) -> None:
-    """The longest node_id has room in every state's names; a name that has not is left alone."""
-    queue = FemtoQueue(directory, "é" * 32)
-    id = queue.push(b"x")
-    task = queue.pop()
-    assert task
-    queue.touch(task)
-    queue.retry(task, delay_ms=1)
-    clock.advance(1)
-    task = queue.pop()
-    assert task and task.id == id
-    queue.retry(task)
-    assert drained(queue) == [b"x"]
-    for length in (221, 240, 255):
-        put(directory / "pending" / f"1700000000000000_{'x' * (length - 17)}")
-    before = snapshot(directory)
+NAMES = (
+    "{time}_node_0123456789ab{n:06x}.01234567",
+    "{time}_node_0123456789ab{n:06x}.01234567~{n}",
+    "{time}_node_0123456789ab{n:06x}.01234567~1~{time}",
+    "{time}_shell-{n}",
+    "{time}_shell-{n}~1",
+    "{time}_shell-{n}~1~{time}",
+    "{time}",
+    "node~999999999~{n}~place~token",
+    "node~999999999~{n}~place~token~{time}",
+    "node~{n}~1~elsewhere~token~{time}",
+    "clock-{n}",
+    "clock-0123456789ab.{n}",
+    ".DS_Store-{n}",
+    ".nfs{time}{n}",
+)
+ALPHABET = [*"~._/0 a\n\t\x7f", "\N{ARABIC-INDIC DIGIT THREE}", "\udcff", "\u2028", "~1", "x" * 200]
+KINDS = (
+    "file",
+    "file",
+    "file",
+    "directory",
+    "full directory",
+    "link",
+    "directory link",
+    "dangling",
+    "fifo",
+)
+PLACES = (
+    *("", "creating", "pending", "pending/{bucket}", "scheduled", "scheduled/{bucket}"),
+    *("in_progress", "in_progress/node~999999999~1~place~token", *("done", "failed", "corrupt")),
+)
+
+
+@st.composite
+def near_names(draw: st.DrawFn) -> str:
+    """A name by our grammar, or with a few characters put in or left out."""
+    us = draw(st.sampled_from([0, 1, 10**15, 1_799_999_999_000_000, 1_800_000_000_000_000, 10**16 - 1]))
+    name = draw(st.sampled_from(NAMES)).format(time=f"{us:016d}", n=draw(st.integers(0, 99_999)))
+    for _ in range(draw(st.sampled_from([0, 0, 1, 1, 2, 3]))):
+        at = draw(st.integers(0, len(name)))
+        name = name[:at] + draw(st.sampled_from(["", *ALPHABET])) + name[at + draw(st.integers(0, 2)) :]
+    name = name.replace("/", "").strip() or "_"
+    return name if len(os.fsencode(name)) <= 255 and name not in (".", "..") else "too-long"
+
+
+objects = st.lists(
+    st.tuples(st.sampled_from(PLACES), near_names(), st.sampled_from(KINDS)), min_size=8, max_size=40
+)
+
+
+def is_ours(place: str, name: str, kind: str) -> bool:
+    """May the queue move or delete this? Written apart from femtoqueue's own parser."""
+    folder = place.split("/")[0]
+    owner = r"[^~/]+~[0-9]+~[^~/]+~[^~/]+~[^~/]+"
+    if kind in ("directory", "full directory"):  # what is in there is a task, once it has such a name
+        pattern = {"pending": "[0-9]{16}", "scheduled": "[0-9]{16}", "in_progress": owner}.get(place)
+        return pattern is not None and re.fullmatch(pattern, name, re.ASCII) is not None
+    if kind != "file" or place in ("", "in_progress"):
+        clock = re.fullmatch(r"clock-[0-9a-f]+\.[0-9]+", name, re.ASCII)  # of an earlier boot
+        return kind == "file" and place == "" and clock is not None
+    if folder == "creating":
+        return re.match(owner + "~[0-9]{16}", name, re.ASCII) is not None
+    id = re.fullmatch(r"([0-9]{16}_[^~]*)(~[0-9]{1,9}(~[0-9]{16})?)?", name, re.ASCII | re.DOTALL)
+    return id is not None and name.isprintable() and len(os.fsencode(id[1])) <= 220
+
+
+def make_object(path: Path, kind: str, outside: Path) -> None:
+    if kind == "file":
+        path.write_bytes(b"hostile")
+    elif kind.endswith("directory"):
+        path.mkdir()
+        if kind == "full directory":
+            (path / "0000000000000001_inside").write_bytes(b"hostile")
+    elif kind == "fifo":
+        os.mkfifo(path)
+    else:
+        path.symlink_to(outside / {"link": "file", "directory link": "", "dangling": "none"}[kind])
+
+
+everything = [
+    (place, name.format(time=f"{(1, 1_799_000_000_000_000, 9 * 10**15)[n % 3] + n:016d}", n=n), kind)
+    for n, (place, name, kind) in enumerate(itertools.product(PLACES, NAMES, dict.fromkeys(KINDS)))
+]
+
+
+@example(objects=everything, reboot=False)
+@example(objects=everything, reboot=True)
+@given(objects=objects, reboot=st.booleans())
+@settings(
+    max_examples=200,
+    deadline=None,
+    derandomize=True,
+    database=None,
+    suppress_health_check=list(HealthCheck),
+)
+def test_hostile_directories(objects: list[tuple[str, str, str]], reboot: bool) -> None:
+    """Whatever lies about: nothing raises, blocks, is followed, is lost, or is deleted."""
+    with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory(dir=SHM) as scratch:
+        clock = Time()
+        patch.setattr(time, "time", lambda: clock.wall)
+        patch.setattr(time, "monotonic", lambda: clock.boot)
+        check_among_hostile_objects(Path(scratch), clock, objects, reboot)
+
+
+def check_among_hostile_objects(
+    scratch: Path, clock: Time, objects: list[tuple[str, str, str]], reboot: bool
+) -> None:
+    directory, outside = scratch / "queue", scratch / "outside"
+    outside.mkdir()
+    inside = outside / "0000000000000001_outside"
+    for path in (outside / "file", inside):
+        path.write_bytes(b"followed")
+    queue = FemtoQueue(directory, "a", LONG_MS)
+    real = {queue.push(payload): payload for payload in (b"claimed", b"done", b"failed", b"first")}
+    queue.pop()
+    for finish in (queue.done, queue.fail):
+        task = queue.pop()
+        assert task
+        finish(task)
+    done, failed = list(real)[1:3]
+    del queue, finish  # what it claimed first is abandoned
+    queue = FemtoQueue(directory, "a", LONG_MS)
+    real[queue.schedule(b"due", int((clock.wall + 5) * 1e6))] = b"due"
+    clock.advance(10)
+
+    made: dict[Path, tuple[str, str, str]] = {}
+    bucket = os.listdir(directory / "pending")[0]
+    [clock_file] = directory.glob("clock-*")
+    for place, name, kind in objects:
+        folder = directory / place.format(bucket=bucket)
+        folder.mkdir(parents=True, exist_ok=True)
+        if not os.path.lexists(folder / name):
+            make_object(folder / name, kind, outside)
+            made[folder / name] = (place, name, kind)
+    theirs = {path: seen(path, times=False) for path, what in made.items() if not is_ours(*what)}
+    if reboot:
+        del queue
+        clock_file.unlink()
+        queue = FemtoQueue(directory, "a", LONG_MS)
+
+    signal.signal(signal.SIGALRM, lambda number, frame: pytest.fail("it blocks"))
+    signal.alarm(20)
+    counts = queue.counts()
+    assert counts == {state: len(list(queue.ids(state))) for state in STATES}
+    for path in list(made)[:100]:
+        assert queue.status(os.path.basename(path)) in (None, *STATES)
+    for id in real:
+        assert queue.status(id)
+    got = []
+    for _ in range(len(made) + 9):
+        clock.advance(1.5)
+        if task := queue.pop():
+            if task.id in real:
+                assert task.data == real[task.id]
+                got.append(task.id)
+            else:
+                assert task.data == b"hostile"
+                assert made, "invented"
+            queue.done(task)
+    assert sorted(got) == sorted({*real} - {done, failed})
+    assert queue.status(done) == "done"
+    assert queue.status(failed) == "failed"
+    clock.advance(3_000)
     assert queue.pop() is None
-    assert snapshot(directory) == before
-    put(directory / "pending" / f"1700000000000000_{'x' * 183}", b"200 bytes")
-    assert drained(queue) == [b"200 bytes"]
+    for path in list(made)[:100]:
+        assert queue.cancel(os.path.basename(path)) in (False, True)
+    for state in ("done", "failed", "corrupt"):
+        queue.purge(state, 0)
+    queue.close()
+    signal.alarm(0)
+    for path, before in theirs.items():
+        assert os.path.lexists(path), f"{made[path]} is gone"
+        assert seen(path, times=False) == before, f"{made[path]} was changed"
+    assert inside.read_bytes() == (outside / "file").read_bytes() == b"followed"
+    assert len(os.listdir(outside)) == 2
+    figure("hostile directories", directories=1, objects=len(made), foreign=len(theirs))
 
 
-# --- the queue clock ----------------------------------------------------------------------------------
+# ====================================================================================================
+# The queue clock
+# ====================================================================================================
 
 
 @pytest.mark.parametrize("step_s", [-86_400, -0.01, 86_400])
@@ -831,7 +1309,7 @@ def test_the_clock_is_shared_under_faketime(directory: Path, monkeypatch: pytest
     monkeypatch.setenv("DONT_FAKE_MONOTONIC", "1")
     queue = FemtoQueue(directory, "a")
     queue.push(b"1")
-    run_under(["faketime", "2001-01-01"], "assert time.time() < 1e9\n" + PUSH, directory, 2)
+    run("assert time.time() < 1e9\n" + PUSH, directory, 2, under=["faketime", "2001-01-01"])
     queue.push(b"3")
     assert drained(queue) == [b"1", b"2", b"3"]
 
@@ -850,6 +1328,29 @@ print(FemtoQueue(sys.argv[1], "a")._clock.offset_us)
     assert len(offsets) == 1 and len(list(directory.glob("clock-*"))) == 1
 
 
+@needs_time_namespace
+def test_time_namespaces(directory: Path) -> None:
+    """A process in a time namespace, where the monotonic clock is another, pushes in order."""
+    queue = FemtoQueue(directory, "a")
+    queue.push(b"1")
+    far = f"assert time.monotonic() > {time.monotonic() + 50_000}\n"
+    run(far + PUSH, directory, 2, under=NEW_TIME)
+    queue.push(b"3")
+    assert drained(queue) == [b"1", b"2", b"3"]
+
+
+def test_order_while_time_is_frozen(directory: Path, clock: Time) -> None:
+    """With time frozen, as testing tools do, order is kept all the same, among objects too."""
+    queues = [FemtoQueue(directory, "a"), FemtoQueue(directory, "b")]
+    payloads = [b"%d" % number for number in range(500)]
+    for number, payload in enumerate(payloads):
+        queues[number % 2].push(payload)
+    assert drained(queues[0]) == payloads
+
+
+# --- after a boot -------------------------------------------------------------------------------------
+
+
 @needs_mounts
 @pytest.mark.parametrize("newest", ["pending", "in_progress"])
 def test_order_survives_a_reboot(directory: Path, tmp_path: Path, newest: str) -> None:
@@ -858,17 +1359,17 @@ def test_order_survives_a_reboot(directory: Path, tmp_path: Path, newest: str) -
     queue.push(b"1")
     if newest == "in_progress":
         assert run(CLAIM, directory, "node-1")
-    run_under(rebooted(tmp_path), IN_2001 + PUSH, directory, 2)
+    run(IN_2001 + PUSH, directory, 2, under=rebooted(tmp_path))
     again = rebooted(tmp_path)
-    run_under(again, IN_2001 + PUSH, directory, 3)
+    run(IN_2001 + PUSH, directory, 3, under=again)
     code = 'queue = FemtoQueue(sys.argv[1], "node-1")\nwhile t := queue.pop(): print(t.data.decode())'
-    assert run_under(again, IN_2001 + code, directory).split() == ["1", "2", "3"]
+    assert run(IN_2001 + code, directory, under=again).split() == ["1", "2", "3"]
 
 
 BOOTED_AGAIN = "1~1~11111111-2222.0.0~x"  # what the name of an owner says of PID, boot and object
 
 
-def reboot(directory: Path, clock: Time, wall_step_s: float) -> None:
+def boot_again(directory: Path, clock: Time, wall_step_s: float) -> None:
     """Have the clocks, and what the directory knows of them, as after a boot."""
     for path in directory.glob("clock-*"):
         path.rename(directory / "clock-0123456789ab.0")
@@ -878,19 +1379,22 @@ def reboot(directory: Path, clock: Time, wall_step_s: float) -> None:
     clock.boot = 10.0
 
 
+@pytest.mark.parametrize("lease_s", [30, 3_600])
 @pytest.mark.parametrize("behind_days", [0, 3, 3_000])
-def test_leases_survive_a_reboot(directory: Path, clock: Time, behind_days: float) -> None:
-    """After a reboot with the wall clock behind, another node's claim comes back one lease later."""
-    queue = FemtoQueue(directory, "node-2")
+def test_leases_survive_a_reboot(
+    directory: Path, now: Time, behind_days: float, lease_s: float
+) -> None:
+    """After a reboot, with the wall clock behind, another node's claim comes back one lease later."""
+    queue = FemtoQueue(directory, "node-2", lease_s * 1_000)
     put(directory / "pending" / OLD_ID.replace(".00000000", ""))
     assert queue.pop()
     del queue
-    reboot(directory, clock, -behind_days * 86_400)
-    queue = FemtoQueue(directory, "node-1")
-    for advance_s in (0, 15, 14):
-        clock.advance(advance_s)
+    boot_again(directory, now, -behind_days * 86_400)
+    queue = FemtoQueue(directory, "node-1")  # whose own lease is 30 s
+    for advance_s in (0, 15, lease_s - 17):
+        now.advance(advance_s)
         assert queue.pop() is None
-    clock.advance(2)
+    now.advance(5)
     task = queue.pop()
     assert task and task.attempt == 2
 
@@ -909,37 +1413,10 @@ assert queue.pop() is None
 time.monotonic = lambda real=time.monotonic: real() + 31
 print(queue.pop().id)
 """
-    assert run_under(rebooted(tmp_path), IN_2001 + code, directory) == f"{name}\n"
+    assert run(IN_2001 + code, directory, under=rebooted(tmp_path)) == f"{name}\n"
 
 
-def test_clock_files_of_earlier_boots_are_swept(directory: Path, clock: Time) -> None:
-    """A clock file of an earlier boot goes when it is older than a day; the current one never does."""
-    FemtoQueue(directory, "a")
-    [current] = directory.glob("clock-*")
-    ages_s = {current.name: 10**7, "clock-0123456789ab.1": 86_500, "clock-0123456789ab.2": 86_300}
-    ages_s |= {"clock-0123456789ab.3": -1_000, "clock-0123456789ab.4": -(10**6)}
-    for name, age_s in ages_s.items():
-        put(directory / name, b"1799999995000000\n" if name == current.name else b"5\n")
-        os.utime(directory / name, (clock.wall - age_s, clock.wall - age_s))
-    queue = FemtoQueue(directory, "a")
-    assert queue.pop() is None
-    left = {path.name for path in directory.glob("clock-*")}
-    assert left == {*ages_s} - {"clock-0123456789ab.1"}
-    clock.advance(300)
-    assert queue.pop() is None
-    left = {path.name for path in directory.glob("clock-*")}
-    assert left == {*ages_s} - {"clock-0123456789ab.1", "clock-0123456789ab.2"}
-
-
-@needs_time_namespace
-def test_time_namespaces(directory: Path) -> None:
-    """A process in a time namespace, where the monotonic clock is another, pushes in order."""
-    queue = FemtoQueue(directory, "a")
-    queue.push(b"1")
-    far = f"assert time.monotonic() > {time.monotonic() + 50_000}\n"
-    run_under(NEW_TIME, far + PUSH, directory, 2)
-    queue.push(b"3")
-    assert drained(queue) == [b"1", b"2", b"3"]
+# --- a clock file that is no clock file ---------------------------------------------------------------
 
 
 def break_clock(directory: Path, text: bytes | None) -> None:
@@ -1000,6 +1477,9 @@ def test_stray_names_do_not_drag_the_clock(directory: Path, clock: Time) -> None
     assert drained(queue) == [b"1", b"stray"]
 
 
+# --- due times ----------------------------------------------------------------------------------------
+
+
 @pytest.mark.parametrize("step_s", [0, 3_600, -3_600, 0.004, -0.004])
 def test_scheduled_tasks_come_after_what_was_pending(
     directory: Path, clock: Time, step_s: float
@@ -1026,25 +1506,93 @@ def test_the_earliest_due_comes_first(directory: Path, clock: Time) -> None:
     assert drained(queue) == [b"3", b"4", b"5", b"400", b"40000"]
 
 
-def test_frozen_time(directory: Path, clock: Time) -> None:
-    """With time frozen, as testing tools do, order is kept all the same, among objects too."""
-    queues = [FemtoQueue(directory, "a"), FemtoQueue(directory, "b")]
-    payloads = [b"%d" % number for number in range(500)]
-    for number, payload in enumerate(payloads):
-        queues[number % 2].push(payload)
-    assert drained(queues[0]) == payloads
+# ====================================================================================================
+# Who is alive
+# ====================================================================================================
+
+# --- in this process ----------------------------------------------------------------------------------
 
 
-# --- who is alive -------------------------------------------------------------------------------------
+def test_another_threads_object(directory: Path, queue: FemtoQueue) -> None:
+    """An object in this process is alive while it exists, also when its thread has ended."""
+    other = FemtoQueue(directory, "node-1")
+    claims: list[FemtoTask | None] = []
+    thread = threading.Thread(target=lambda: claims.append(other.pop()))
+    thread.start()
+    thread.join()
+    assert drained(queue) == [b"b"]
+    assert drained(FemtoQueue(directory, "node-1")) == []
+    [claim] = claims
+    assert claim and claim.data == b"a"
+    other.done(claim)
 
 
-@pytest.fixture
-def queue(directory: Path) -> FemtoQueue:
-    """A queue of node-1 that holds "a" and "b"."""
-    queue = FemtoQueue(directory, "node-1")
-    queue.push(b"a")
-    queue.push(b"b")
-    return queue
+def test_dropped_object(directory: Path, queue: FemtoQueue) -> None:
+    """Dropping the last reference is enough: the tasks come back at the next pop."""
+    gc.disable()
+    try:
+        other = FemtoQueue(directory, "node-1")
+        assert other.pop(0.001)
+        assert drained(queue) == [b"b"]
+        del other
+        assert drained(queue) == [b"a"]
+    finally:
+        gc.enable()
+
+
+@pytest.mark.parametrize("end", ["close", "drop"])
+def test_gone_while_others_have_work(directory: Path, queue: FemtoQueue, end: str) -> None:
+    """The tasks of an object that is gone come back at the next pop, before what is younger."""
+    other = FemtoQueue(directory, "node-2")
+    assert other.pop()
+    queue.push(b"c")
+    assert drained_one(queue) == b"b"
+    if end == "close":
+        other.close()
+    del other
+    assert drained(queue) == [b"a", b"c"]
+
+
+def test_closed_object(directory: Path, queue: FemtoQueue) -> None:
+    """close gives back what was popped and not finished; every later call raises."""
+    with FemtoQueue(directory, "node-2") as other:
+        claim = other.pop()
+    assert claim and drained(queue) == [b"a", b"b"]
+    calls = [other.pop, other.counts, lambda: other.push(b""), lambda: other.schedule(b"", NOW_US)]
+    calls += [
+        lambda call=call: call(claim) for call in (other.done, other.fail, other.touch, other.retry)
+    ]
+    for call in calls:
+        with pytest.raises(FemtoQueueError, match="closed"):
+            call()
+    other.close()
+
+
+@pytest.mark.parametrize("keep", [True, False])
+@pytest.mark.parametrize("call", ["done", "fail", "retry", "touch"])
+@pytest.mark.parametrize("end", ["close", "drop"])
+def test_claims_of_an_object_that_is_gone(directory: Path, end: str, call: str, keep: bool) -> None:
+    """Whoever finishes a claim that was given back gets NotInProgress, and the task is not lost."""
+    queue = FemtoQueue(directory, "node-1", keep_done=keep, keep_failed=keep)
+    id = queue.push(b"a")
+    other = FemtoQueue(directory, "node-2")
+    claim = other.pop()
+    assert claim
+    if end == "close":
+        other.close()
+    del other
+    again = queue.pop()
+    assert again and again.id == id
+    with pytest.raises(NotInProgress):
+        getattr(queue, call)(claim)
+    assert queue.status(id) == "in_progress"
+    queue.retry(again)
+    with pytest.raises(NotInProgress):
+        getattr(queue, call)(claim)
+    assert drained(queue) == [b"a"]
+
+
+# --- same boot and PID namespace ----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("node_id", ["node-1", "node-2"])
@@ -1147,7 +1695,50 @@ with open("/proc/sys/kernel/ns_last_pid", "w") as file:
 assert fork(signal.pause) == dead
 print(FemtoQueue(sys.argv[1], "node-3").pop().data.decode())
 """
-    assert run_under(NEW_PIDS, code, directory) == "a\n"
+    assert run(code, directory, under=NEW_PIDS) == "a\n"
+
+
+def not_of_proc(real: Callable[..., Any], path: Any, *rest: Any, **options: Any) -> Any:
+    """`open`, where the files of processes cannot be read."""
+    if re.match(r"/proc/\d", str(path)):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), path)
+    return real(path, *rest, **options)
+
+
+def test_unreadable_proc(directory: Path, queue: FemtoQueue, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A /proc that cannot be read proves nothing: unknown is alive, only ESRCH is dead."""
+    with claimed_by(directory, "node-2") as worker:
+        for module in (builtins, os):
+            monkeypatch.setattr(module, "open", functools.partial(not_of_proc, module.open))
+        assert drained(FemtoQueue(directory, "node-3")) == [b"b"]
+        killed(worker)
+        assert drained(FemtoQueue(directory, "node-3")) == [b"a"]
+
+
+HIDEPID = ["unshare", "-m", "sh", "-c", 'mount -t proc -o hidepid=2 proc /proc && exec "$0" "$@"']
+
+
+@needs(*HIDEPID, "true")
+def test_hidepid(open_to_all: Path) -> None:
+    """Another user's worker, hidden by hidepid, is not robbed while it lives."""
+    queue = FemtoQueue(open_to_all, "node-1")
+    queue.push(b"a")
+    queue.push(b"b")
+    judge = """
+assert not os.path.exists("/proc/" + sys.argv[2])
+queue = FemtoQueue(sys.argv[1], "node-3")
+print(*[task.data for task in iter(queue.pop, None)])
+"""
+    with claimed_by(open_to_all, "node-2") as worker:
+        for path in [open_to_all, *open_to_all.rglob("*")]:
+            path.chmod(0o777)
+        as_nobody = functools.partial(run, AS_NOBODY + judge, open_to_all, worker.pid, under=HIDEPID)
+        assert as_nobody() == "b'b'\n"
+        killed(worker)
+        assert as_nobody() == "b'a' b'b'\n"
+
+
+# --- elsewhere ----------------------------------------------------------------------------------------
 
 
 @needs_pid_namespace
@@ -1193,7 +1784,7 @@ os.kill(worker, signal.SIGKILL)
 os.waitpid(worker, 0)
 print(queue.pop().data)
 """
-    assert run_under(NEW_PIDS_OLD_PROC, code, directory) == "b'b' None\nb'a'\n"
+    assert run(code, directory, under=NEW_PIDS_OLD_PROC) == "b'b' None\nb'a'\n"
 
 
 @needs_mounts
@@ -1209,116 +1800,43 @@ def test_earlier_boot(directory: Path, queue: FemtoQueue, tmp_path: Path, now: T
         assert drained(queue) == [b"b"]
 
 
-def test_unreadable_proc(directory: Path, queue: FemtoQueue, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A /proc that cannot be read proves nothing: unknown is alive, only ESRCH is dead."""
-    with claimed_by(directory, "node-2") as worker:
-        monkeypatch.setattr(femtoqueue, "_process", lambda pid: None)
-        assert drained(FemtoQueue(directory, "node-3")) == [b"b"]
-        killed(worker)
-        assert drained(FemtoQueue(directory, "node-3")) == [b"a"]
+def test_empty_directories_of_owners_elsewhere(directory: Path, clock: Time) -> None:
+    """An owner that cannot be judged leaves an empty directory: it goes when it is older than a day."""
+    FemtoQueue(directory, "a")
+    claim = f"{OLD_ID}~1~{NOW_US + 10**12}"
+    kept = [DEAD_OWNER.replace("~0", f"~{number}") for number in range(1, 4)]
+    for owner, age_s in zip((DEAD_OWNER, *kept), (86_500, 80_000, -(10**6), 10**6), strict=True):
+        (directory / "in_progress" / owner).mkdir()
+        if owner == kept[2]:
+            put(directory / "in_progress" / owner / claim)
+        os.utime(directory / "in_progress" / owner, (clock.wall - age_s, clock.wall - age_s))
+    queue = FemtoQueue(directory, "a")
+    assert queue.pop() is None
+    assert {*os.listdir(directory / "in_progress")} == {*kept}
+    clock.advance(10_000)
+    assert queue.pop() is None
+    assert {*os.listdir(directory / "in_progress")} == {*kept[1:]}
+    assert os.listdir(directory / "in_progress" / kept[2]) == [claim]
 
 
-HIDEPID = ["unshare", "-m", "sh", "-c", 'mount -t proc -o hidepid=2 proc /proc && exec "$0" "$@"']
+def test_hostile_owners(directory: Path, clock: Time) -> None:
+    """Directories that are named almost like an owner, or like one with strange numbers, do no harm."""
+    queue = FemtoQueue(directory, "a")
+    queue.push(b"x")
+    task = queue.pop()
+    place = os.listdir(directory / "in_progress")[0].split("~")[3]
+    for pid in ("0", "1", str(os.getppid()), "9" * 30):
+        put(directory / "in_progress" / "~".join(["a", pid, "1", place, "x"]) / "not a task")
+    for name in ("a", "a~1~2~3", "a~x~1~p~t", "a~~1~p~t", "a~1~1~p~t~", "~1~1~p~t"):
+        put(directory / "in_progress" / name / f"{OLD_ID}~1~1700000000000000")
+    queue.done(task)
+    before = snapshot(directory)
+    assert queue.pop() is None
+    assert queue.counts()["in_progress"] == 0
+    assert snapshot(directory) == before
 
 
-@needs(*HIDEPID, "true")
-def test_hidepid() -> None:
-    """Another user's worker, hidden by hidepid, is not robbed while it lives."""
-    with tempfile.TemporaryDirectory() as top:
-        directory = Path(top, "queue")
-        queue = FemtoQueue(directory, "node-1")
-        queue.push(b"a")
-        queue.push(b"b")
-        judge = """
-assert not os.path.exists("/proc/" + sys.argv[2])
-queue = FemtoQueue(sys.argv[1], "node-3")
-print(*[task.data for task in iter(queue.pop, None)])
-"""
-        with claimed_by(directory, "node-2") as worker:
-            for path in [Path(top), directory, *directory.rglob("*")]:
-                path.chmod(0o777)
-            assert run_under(HIDEPID, AS_NOBODY + judge, directory, worker.pid) == "b'b'\n"
-            killed(worker)
-            assert run_under(HIDEPID, AS_NOBODY + judge, directory, worker.pid) == "b'a' b'b'\n"
-
-
-def test_another_threads_object(directory: Path, queue: FemtoQueue) -> None:
-    """An object in this process is alive while it exists, also when its thread has ended."""
-    other = FemtoQueue(directory, "node-1")
-    claims: list[FemtoTask | None] = []
-    thread = threading.Thread(target=lambda: claims.append(other.pop()))
-    thread.start()
-    thread.join()
-    assert drained(queue) == [b"b"]
-    assert drained(FemtoQueue(directory, "node-1")) == []
-    [claim] = claims
-    assert claim and claim.data == b"a"
-    other.done(claim)
-
-
-def test_dropped_object(directory: Path, queue: FemtoQueue) -> None:
-    """Dropping the last reference is enough: the tasks come back at the next pop."""
-    gc.disable()
-    try:
-        other = FemtoQueue(directory, "node-1")
-        assert other.pop(0.001)
-        assert drained(queue) == [b"b"]
-        del other
-        assert drained(queue) == [b"a"]
-    finally:
-        gc.enable()
-
-
-@pytest.mark.parametrize("end", ["close", "drop"])
-def test_gone_while_others_have_work(directory: Path, queue: FemtoQueue, end: str) -> None:
-    """The tasks of an object that is gone come back at the next pop, before what is younger."""
-    other = FemtoQueue(directory, "node-2")
-    assert other.pop()
-    queue.push(b"c")
-    assert drained_one(queue) == b"b"
-    if end == "close":
-        other.close()
-    del other
-    assert drained(queue) == [b"a", b"c"]
-
-
-def test_closed_object(directory: Path, queue: FemtoQueue) -> None:
-    """close gives back what was popped and not finished; every later call raises."""
-    with FemtoQueue(directory, "node-2") as other:
-        claim = other.pop()
-    assert claim and drained(queue) == [b"a", b"b"]
-    calls = [other.pop, other.counts, lambda: other.push(b""), lambda: other.schedule(b"", NOW_US)]
-    calls += [
-        lambda call=call: call(claim) for call in (other.done, other.fail, other.touch, other.retry)
-    ]
-    for call in calls:
-        with pytest.raises(FemtoQueueError, match="closed"):
-            call()
-    other.close()
-
-
-@pytest.mark.parametrize("keep", [True, False])
-@pytest.mark.parametrize("call", ["done", "fail", "retry", "touch"])
-@pytest.mark.parametrize("end", ["close", "drop"])
-def test_claims_of_an_object_that_is_gone(directory: Path, end: str, call: str, keep: bool) -> None:
-    """Whoever finishes a claim that was given back gets NotInProgress, and the task is not lost."""
-    queue = FemtoQueue(directory, "node-1", keep_done=keep, keep_failed=keep)
-    id = queue.push(b"a")
-    other = FemtoQueue(directory, "node-2")
-    claim = other.pop()
-    assert claim
-    if end == "close":
-        other.close()
-    del other
-    again = queue.pop()
-    assert again and again.id == id
-    with pytest.raises(NotInProgress):
-        getattr(queue, call)(claim)
-    assert queue.status(id) == "in_progress"
-    queue.retry(again)
-    with pytest.raises(NotInProgress):
-        getattr(queue, call)(claim)
-    assert drained(queue) == [b"a"]
+# --- hung: the lease ----------------------------------------------------------------------------------
 
 
 def test_live_owner_past_its_lease(directory: Path, queue: FemtoQueue, now: Time) -> None:
@@ -1378,78 +1896,300 @@ def test_expired_while_others_have_work(directory: Path, clock: Time) -> None:
     assert len(found) <= 16
 
 
-def test_touch(directory: Path, clock: Time) -> None:
-    """touch begins a new full lease."""
-    queue, other = FemtoQueue(directory, "a"), FemtoQueue(directory, "b")
-    id = queue.push(b"x")
-    task = queue.pop()
-    assert task
+# ====================================================================================================
+# The API, in the order of its table
+# ====================================================================================================
+
+# --- the constructor ----------------------------------------------------------------------------------
+
+
+def test_signature() -> None:
+    """The constructor takes what the original's takes, in its order, and more by keyword only."""
+    assert str(inspect.signature(FemtoQueue)).replace("'", "").replace(" -> None", "") == (
+        "(data_dir: str | os.PathLike[str], node_id: str, timeout_stale_ms: float = 30000, "
+        "sync_after_write: bool = False, *, max_attempts: int | None = None, keep_done: bool = True, "
+        "keep_failed: bool = True, maxsize: int = 0)"
+    )
+
+
+@pytest.mark.parametrize("kind", [str, Path])
+def test_data_dir_is_made(directory: Path, kind: type) -> None:
+    """data_dir is a str or a path, of a directory that is made if need be."""
+    FemtoQueue(kind(directory / "deep" / "er"), "a").push(b"x")
+    assert drained(FemtoQueue(directory / "deep" / "er", "b")) == [b"x"]
+
+
+NAN = float("nan")
+
+
+@pytest.mark.parametrize(
+    ("argument", "value", "error"),
+    [
+        *(("data_dir", value, TypeError) for value in (5, None, b"bytes")),
+        *(("data_dir", value, ValueError) for value in ("", "a\0b")),
+        *(("node_id", value, TypeError) for value in (5, None, b"bytes")),
+        *(
+            ("node_id", value, ValueError)
+            for value in ("", "a/b", "a~b", "a\n", "a\0", "\udc80", "é" * 33)
+        ),
+        *(("timeout_stale_ms", value, TypeError) for value in ("5", None, True, b"")),
+        *(("timeout_stale_ms", value, ValueError) for value in (0, -1, 0.0, NAN, float("inf"))),
+        *(("max_attempts", value, TypeError) for value in ("5", 1.5, True)),
+        *(("max_attempts", value, ValueError) for value in (0, -1)),
+        *(("maxsize", value, TypeError) for value in ("5", 1.5, None, True)),
+        ("maxsize", -1, ValueError),
+    ],
+)
+def test_bad_constructor_arguments(
+    directory: Path, argument: str, value: object, error: type[Exception]
+) -> None:
+    """A bad argument gets its error at the call, which names it, before anything is written."""
+    arguments = {"data_dir": directory, "node_id": "a", argument: value}
+    with pytest.raises(error, match=argument):
+        FemtoQueue(**arguments)
+    assert not directory.exists()
+
+
+# --- push, push_many ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "data",
+    [b"x", bytearray(b"x"), memoryview(b"x"), memoryview(b"-x-")[1:2]],
+    ids=lambda data: type(data).__name__,
+)
+def test_bytes_like(directory: Path, clock: Time, data: bytes) -> None:
+    """Payloads are bytes-like, of any kind."""
+    queue = FemtoQueue(directory, "a")
+    queue.push(data)
+    queue.push_many([data])
+    queue.schedule(data, NOW_US)
+    assert drained(queue) == [b"x"] * 3
+
+
+@durable_or_not
+def test_push_many_keeps_order(directory: Path, durable: bool) -> None:
+    """push_many takes any iterable of bytes-likes, returns their ids in order, and none is no task."""
+    q = FemtoQueue(directory, "node", sync_after_write=durable)
+    items = [b"%d" % n for n in range(250)] + [bytearray(b"x"), memoryview(b"y"), b""]
+    ids = q.push_many(iter(items))
+    assert ids == sorted(set(ids)) == list(q.ids("pending"))
+    assert drained(q) == [bytes(item) for item in items]
+    assert q.push_many([]) == []
+    assert names(directory, "creating") == []
+
+
+@durable_or_not
+@pytest.mark.parametrize("items", [b"bytes", "text", memoryview(b"x"), bytearray(b"x")])
+def test_push_many_refuses_one_payload(directory: Path, durable: bool, items: object) -> None:
+    """A payload in place of several is a mistake, not so many tasks of one byte."""
+    with pytest.raises(TypeError, match="push"):
+        FemtoQueue(directory, "node", sync_after_write=durable).push_many(items)
+
+
+@durable_or_not
+@pytest.mark.parametrize("bad", ["text", None, 5])
+def test_bad_item_in_a_batch(directory: Path, bad: object, durable: bool) -> None:
+    """If push_many raises, what was pushed is a prefix of the items."""
+    queue = FemtoQueue(directory, "a", sync_after_write=durable)
+    with pytest.raises(TypeError, match="data"):
+        queue.push_many([b"0", b"1", bad, b"3"])  # type: ignore[list-item]
+    found = drained(queue)
+    assert found == [b"0", b"1"][: len(found)]
+    assert not files(directory / "creating")
+
+
+@durable_or_not
+def test_push_many_that_fails_has_pushed_a_prefix(directory: Path, durable: bool) -> None:
+    """When an item is bad, or the iterable raises, those pushed are the first ones."""
+    q = FemtoQueue(directory, "node", sync_after_write=durable)
+
+    def items() -> Iterator[bytes]:
+        yield b"1"
+        yield b"2"
+        raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        q.push_many(items())
+    assert drained(q) in ([], [b"1"], [b"1", b"2"])
+    with pytest.raises(TypeError, match="encode"):
+        q.push_many([b"1", "text", b"3"])
+    assert drained(q) in ([], [b"1"])
+    assert names(directory, "creating") == []
+
+
+def test_push_many_takes_back_the_last_ones_first(
+    directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While a failed batch is withdrawn, what can be seen of it is a prefix at every moment."""
+    q = FemtoQueue(directory, "node", sync_after_write=True)
+    items = [b"%d" % n for n in range(5)]
+    seen = []
+    real = os.unlink
+
+    def unlink(path: str) -> None:
+        seen.append(sorted(p.read_bytes() for p in (directory / "pending").rglob("*") if p.is_file()))
+        real(path)
+
+    monkeypatch.setattr(os, "unlink", unlink)
+    monkeypatch.setattr(os, "fsync", lambda descriptor: names(directory, "creating") or 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        q.push_many(items)
+    assert seen[0] == items
+    assert all(pushed == items[: len(pushed)] for pushed in seen)
+    assert drained(FemtoQueue(directory, "other")) == []
+
+
+@durable_or_not
+def test_push_many_returns_only_what_was_pushed(directory: Path, durable: bool) -> None:
+    """Files that somebody deletes from creating/ are an error, never ids of tasks that do not exist."""
+    q = FemtoQueue(directory, "node", sync_after_write=durable)
+
+    def items() -> Iterator[bytes]:
+        yield b"1"
+        for name in names(directory, "creating"):
+            (directory / "creating" / name).unlink()
+        yield b"2"
+
+    try:
+        ids = q.push_many(items())
+    except FileNotFoundError:
+        assert drained(q) in ([], [b"1"])
+    else:
+        assert ids == list(q.ids("pending"))
+
+
+@durable_or_not
+def test_maxsize_is_exact_for_one_producer(directory: Path, durable: bool) -> None:
+    """push raises queues.Full when maxsize tasks are pending, not before; a pop makes room."""
+    q = FemtoQueue(directory, "node", maxsize=5, sync_after_write=durable)
     for _ in range(5):
-        clock.advance(29)
-        queue.touch(task)
-        assert other.pop() is None
-    assert Path(task.path).read_bytes() == task.data == b"x"
-    clock.advance(29.9)
-    assert other.pop() is None
+        q.push(b"x")
+    for push in (q.push, lambda data: q.push_many([data])):
+        with pytest.raises(queues.Full, match="5 tasks are pending"):
+            push(b"x")
+    (directory / "file").write_bytes(b"x")
+    for move in (False, True):
+        with pytest.raises(queues.Full):
+            q.push_file(directory / "file", move=move)
+    assert (directory / "file").exists()
+    assert names(directory, "creating") == []
+    q.pop()
+    q.push(b"y")
+    with pytest.raises(queues.Full):
+        q.push(b"z")
+    assert q.counts()["pending"] == 5
+
+
+@durable_or_not
+def test_maxsize_holds_for_push_many(directory: Path, durable: bool) -> None:
+    """A batch larger than the room raises queues.Full, and what was pushed fits and is a prefix."""
+    q = FemtoQueue(directory, "node", maxsize=5, sync_after_write=durable)
+    with pytest.raises(queues.Full):
+        q.push_many(b"%d" % n for n in range(20))
+    pushed = drained(q)
+    assert len(pushed) <= 5
+    assert pushed == [b"%d" % n for n in range(len(pushed))]
+    assert len(q.push_many([b"x"] * 5)) == 5
+
+
+# --- push_file ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def places(tmp_path: Path) -> Iterator[list[Path]]:
+    """A directory on the queue's filesystem, and one on another, if there is one."""
+    memory = Path("/dev/shm")
+    if not memory.is_dir() or memory.stat().st_dev == tmp_path.stat().st_dev:
+        yield [tmp_path]
+    else:
+        with tempfile.TemporaryDirectory(dir=memory) as other:
+            yield [tmp_path, Path(other)]
+
+
+@durable_or_not
+@pytest.mark.parametrize("move", [False, True], ids=["copy", "move"])
+def test_push_file_copies_or_moves(
+    directory: Path, places: list[Path], durable: bool, move: bool
+) -> None:
+    """push_file makes a file's content a task, from any filesystem; moved, the file is gone."""
+    q = FemtoQueue(directory, "node", sync_after_write=durable)
+    for place in places:
+        for content in (b"", b"x" * 3_000_000):
+            source = place / "file"
+            source.write_bytes(content)
+            inode = source.stat().st_ino
+            id = q.push_file(str(source) if move else source, move=move)
+            assert source.exists() is not move
+            task = q.pop()
+            assert (task.id, task.data) == (id, content)
+            if move and place == places[0]:
+                assert os.stat(task.path).st_ino == inode
+            q.done(task)
+    assert names(directory, "creating") == []
+
+
+@pytest.mark.parametrize("move", [False, True], ids=["copy", "move"])
+def test_push_file_refuses_what_is_no_file(directory: Path, tmp_path: Path, move: bool) -> None:
+    """A directory, a FIFO (without waiting for a writer), a device: ValueError; nothing is changed."""
+    q = FemtoQueue(directory, "node")
+    os.mkfifo(tmp_path / "fifo")
+    (tmp_path / "dir").mkdir()
+    (tmp_path / "dangling").symlink_to("nowhere")
+    (tmp_path / "link to fifo").symlink_to("fifo")
+    for name in ("fifo", "dir", "link to fifo", "/dev/null"):
+        with pytest.raises(ValueError, match=re.escape(name)):
+            q.push_file(tmp_path / name, move=move)
+    for name in ("dangling", "missing"):
+        with pytest.raises((FileNotFoundError, ValueError), match=name):
+            q.push_file(tmp_path / name, move=move)
+    assert q.counts()["pending"] == 0
+    assert names(directory, "creating") == []
+    assert stat.S_ISFIFO(os.lstat(tmp_path / "fifo").st_mode) and (tmp_path / "dir").is_dir()
+
+
+def test_push_file_moves_no_symbolic_link(directory: Path, tmp_path: Path) -> None:
+    """Moved, a link would be a task that nobody follows: ValueError, and link and file stay."""
+    q = FemtoQueue(directory, "node")
+    (tmp_path / "file").write_bytes(b"x")
+    (tmp_path / "link").symlink_to("file")
+    with pytest.raises(ValueError, match="symbolic link"):
+        q.push_file(tmp_path / "link", move=True)
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "file").read_bytes() == b"x"
+    assert q.counts()["pending"] == 0
+
+
+# --- schedule -----------------------------------------------------------------------------------------
+
+
+def test_schedule_takes_any_time_zone(directory: Path, clock: Time) -> None:
+    """schedule takes an aware datetime of any time zone."""
+    queue = FemtoQueue(directory, "a")
+    zone = datetime.timezone(datetime.timedelta(hours=9))
+    queue.schedule(b"x", datetime.datetime.fromtimestamp(1_800_000_010, zone))
+    clock.advance(9.9)
+    assert queue.pop() is None
     clock.advance(0.2)
-    assert other.pop()
-    with pytest.raises(NotInProgress, match=re.escape(id)):
-        queue.touch(task)
+    assert drained(queue) == [b"x"]
 
 
-def test_finished_once(directory: Path, clock: Time) -> None:
-    """Whoever finishes a task twice, or after its lease was lost, gets NotInProgress."""
-    queue = FemtoQueue(directory, "a")
-    queue.push(b"x")
-    first = queue.pop()
-    clock.advance(31)
-    second = queue.pop()
-    assert first and second and (first.attempt, second.attempt) == (1, 2)
-    calls = (queue.done, queue.fail, queue.touch, queue.retry)
-    for call in calls:  # not even through the very object that has it again
-        with pytest.raises(NotInProgress, match=re.escape(first.id)):
-            call(first)
-    queue.done(second)
-    for call in calls:
-        with pytest.raises(NotInProgress):
-            call(second)
-    assert queue.counts() == {**dict.fromkeys(femtoqueue.STATES, 0), "done": 1}
+def test_schedule_takes_an_aware_datetime(directory: Path, clock: Time) -> None:
+    """A datetime is due at its instant, whatever its time zone; a naive one is refused."""
+    q = FemtoQueue(directory, "node")
+    zone = datetime.timezone(datetime.timedelta(hours=5, minutes=30))
+    id = q.schedule(b"x", datetime.datetime.fromtimestamp(clock.wall + 60, zone))
+    assert names(directory, "scheduled") == [f"{id}~0~{int((clock.wall + 60) * 1e6)}"]
+    clock.advance(59.9)
+    assert q.pop() is None
+    clock.advance(0.1)
+    assert q.pop().id == id
+    with pytest.raises(ValueError, match="time zone"):
+        q.schedule(b"x", datetime.datetime(2030, 1, 1))  # noqa: DTZ001
+    with pytest.raises(TypeError, match="time_us"):
+        q.schedule(b"x", datetime.date(2030, 1, 1))
 
 
-def test_empty_directories_of_owners_elsewhere(directory: Path, clock: Time) -> None:
-    """An owner that cannot be judged leaves an empty directory: it goes when it is older than a day."""
-    FemtoQueue(directory, "a")
-    claim = f"{OLD_ID}~1~{NOW_US + 10**12}"
-    kept = [DEAD_OWNER.replace("~0", f"~{number}") for number in range(1, 4)]
-    for owner, age_s in zip((DEAD_OWNER, *kept), (86_500, 80_000, -(10**6), 10**6), strict=True):
-        (directory / "in_progress" / owner).mkdir()
-        if owner == kept[2]:
-            put(directory / "in_progress" / owner / claim)
-        os.utime(directory / "in_progress" / owner, (clock.wall - age_s, clock.wall - age_s))
-    queue = FemtoQueue(directory, "a")
-    assert queue.pop() is None
-    assert {*os.listdir(directory / "in_progress")} - {queue._owner} == {*kept}
-    clock.advance(10_000)
-    assert queue.pop() is None
-    assert {*os.listdir(directory / "in_progress")} - {queue._owner} == {*kept[1:]}
-    assert os.listdir(directory / "in_progress" / kept[2]) == [claim]
-
-
-def test_hostile_owners(directory: Path, clock: Time) -> None:
-    """Directories that are named almost like an owner, or like one with strange numbers, do no harm."""
-    queue = FemtoQueue(directory, "a")
-    own = queue._owner.split("~")
-    for pid in ("0", "1", str(os.getppid()), "9" * 30):
-        put(directory / "in_progress" / "~".join(["a", pid, "1", own[3], "x"]) / "not a task")
-    for name in ("a", "a~1~2~3", "a~x~1~p~t", "a~~1~p~t", "a~1~1~p~t~", "~1~1~p~t"):
-        put(directory / "in_progress" / name / f"{OLD_ID}~1~1700000000000000")
-    before = snapshot(directory)
-    assert queue.pop() is None
-    assert queue.counts()["in_progress"] == 0
-    assert snapshot(directory) == before
-
-
-# --- waiting ------------------------------------------------------------------------------------------
+# --- pop ----------------------------------------------------------------------------------------------
 
 
 def test_timeout_is_never_early(directory: Path) -> None:
@@ -1498,22 +2238,6 @@ for timeout in (60, None):
     assert worker.communicate(timeout=20)[0] == "" and worker.returncode == 0
 
 
-def test_waiting_burns_no_core(directory: Path) -> None:
-    """A worker that waits hardly uses the processor."""
-    code = """
-import resource
-queue = FemtoQueue(sys.argv[1], "worker")
-queue.pop()
-def used_s():
-    usage = resource.getrusage(resource.RUSAGE_SELF)
-    return usage.ru_utime + usage.ru_stime
-before_s = used_s()
-queue.pop(timeout=1)
-print(used_s() - before_s)
-"""
-    assert float(run(code, directory)) < 0.1
-
-
 def test_due_while_waiting(directory: Path, clock: Time) -> None:
     """pop(timeout) returns a scheduled task when it falls due, not before."""
     queue = FemtoQueue(directory, "a")
@@ -1525,7 +2249,7 @@ def test_due_while_waiting(directory: Path, clock: Time) -> None:
 
 
 @pytest.mark.parametrize("work_s", [0, 0.5, 1.5, 3, 10, 29])
-def test_slow_worker(directory: Path, clock: Time, work_s: float) -> None:
+def test_never_none_after_slow_work(directory: Path, clock: Time, work_s: float) -> None:
     """pop never returns None while a task is pending, however long the work between two pops takes."""
     queue = FemtoQueue(directory, "a")
     for number in range(20):
@@ -1539,10 +2263,11 @@ def test_slow_worker(directory: Path, clock: Time, work_s: float) -> None:
     assert queue.pop() is None
 
 
-def test_own_directory_removed(directory: Path, queue: FemtoQueue) -> None:
+def test_never_none_though_the_own_directory_was_removed(directory: Path, queue: FemtoQueue) -> None:
     """pop never returns None while a task is pending, though the owner's directory was removed."""
     assert drained_one(queue) == b"a"
-    shutil.rmtree(directory / "in_progress" / queue._owner)
+    [own] = (directory / "in_progress").iterdir()
+    own.rmdir()
     assert drained(queue) == [b"b"]
 
 
@@ -1561,7 +2286,7 @@ def test_never_none_while_due(directory: Path, clock: Time) -> None:
     assert drained(queue) == [b"due"]
 
 
-def test_a_clock_that_is_ahead(directory: Path, clock: Time) -> None:
+def test_never_none_for_a_stamp_in_the_future(directory: Path, clock: Time) -> None:
     """pop never returns None while a task is pending, though its stamp is in the future."""
     queue = FemtoQueue(directory, "a")
     put(directory / "pending" / f"{NOW_US + 3_600_000_000}_ahead", b"ahead")
@@ -1589,7 +2314,7 @@ def test_never_none_while_others_skip(
         return next_name(listing)
 
     def rename_too_late(source: str, target: str) -> None:
-        if threading.current_thread() is loser and not lost and queue._owner in target:
+        if threading.current_thread() is loser and not lost and "/in_progress/node-1~" in target:
             lost.append(rival.pop())
         rename(source, target)
 
@@ -1605,690 +2330,83 @@ def test_never_none_while_others_skip(
     assert task and task.data == b"c"
 
 
-# --- errors -------------------------------------------------------------------------------------------
-
-NAN = float("nan")
-
-
-@pytest.mark.parametrize(
-    ("argument", "value", "error"),
-    [
-        *(("data_dir", value, TypeError) for value in (5, None, b"bytes")),
-        *(("data_dir", value, ValueError) for value in ("", "a\0b")),
-        *(("node_id", value, TypeError) for value in (5, None, b"bytes")),
-        *(
-            ("node_id", value, ValueError)
-            for value in ("", "a/b", "a~b", "a\n", "a\0", "\udc80", "é" * 33)
-        ),
-        *(("timeout_stale_ms", value, TypeError) for value in ("5", None, True, b"")),
-        *(("timeout_stale_ms", value, ValueError) for value in (0, -1, 0.0, NAN, float("inf"))),
-        *(("max_attempts", value, TypeError) for value in ("5", 1.5, True)),
-        *(("max_attempts", value, ValueError) for value in (0, -1)),
-        *(("maxsize", value, TypeError) for value in ("5", 1.5, None, True)),
-        ("maxsize", -1, ValueError),
-    ],
-)
-def test_bad_constructor_arguments(
-    directory: Path, argument: str, value: object, error: type[Exception]
-) -> None:
-    """A bad argument gets its error at the call, which names it, before anything is written."""
-    arguments = {"data_dir": directory, "node_id": "a", argument: value}
-    with pytest.raises(error, match=argument):
-        FemtoQueue(**arguments)
-    assert not directory.exists()
-
-
-Call = Callable[[FemtoQueue, FemtoTask], object]
-BAD_CALLS: list[tuple[str, type[Exception], Call]] = [
-    (r"data.*\.encode\(\)", TypeError, lambda q, t: q.push("text")),
-    ("data", TypeError, lambda q, t: q.push(5)),
-    ("data", TypeError, lambda q, t: q.push(None)),
-    ("data", TypeError, lambda q, t: q.push([1])),
-    ("items", TypeError, lambda q, t: q.push_many(b"one")),
-    ("items", TypeError, lambda q, t: q.push_many("one")),
-    ("items", TypeError, lambda q, t: q.push_many(5)),
-    (r"\.encode\(\)", TypeError, lambda q, t: q.push_many(["text"])),
-    ("path", TypeError, lambda q, t: q.push_file(5.0)),
-    ("path", ValueError, lambda q, t: q.push_file(q.data_dir)),
-    ("nowhere", FileNotFoundError, lambda q, t: q.push_file("/nowhere")),
-    (r"data.*\.encode\(\)", TypeError, lambda q, t: q.schedule("text", NOW_US)),
-    ("time_us", TypeError, lambda q, t: q.schedule(b"", 1.8e15)),
-    ("time_us", TypeError, lambda q, t: q.schedule(b"", "tomorrow")),
-    ("time_us", TypeError, lambda q, t: q.schedule(b"", None)),
-    ("time_us", TypeError, lambda q, t: q.schedule(b"", datetime.date(2027, 1, 1))),
-    ("time_us", TypeError, lambda q, t: q.schedule(b"", datetime.time(tzinfo=datetime.timezone.utc))),
-    ("time_us", ValueError, lambda q, t: q.schedule(b"", datetime.datetime(2027, 1, 1))),
-    ("time_us", ValueError, lambda q, t: q.schedule(b"", NOW_US // 1_000_000)),
-    ("time_us", ValueError, lambda q, t: q.schedule(b"", NOW_US // 1_000)),
-    ("time_us", ValueError, lambda q, t: q.schedule(b"", NOW_US * 1_000)),
-    ("time_us", ValueError, lambda q, t: q.schedule(b"", -NOW_US)),
-    ("timeout", ValueError, lambda q, t: q.pop(-1)),
-    ("timeout", ValueError, lambda q, t: q.pop(-0.001)),
-    ("timeout", ValueError, lambda q, t: q.pop(NAN)),
-    ("timeout", TypeError, lambda q, t: q.pop("5")),
-    ("timeout", TypeError, lambda q, t: q.pop("")),
-    ("timeout", TypeError, lambda q, t: q.pop(True)),
-    ("task", TypeError, lambda q, t: q.done(t.id)),
-    ("task", TypeError, lambda q, t: q.done(None)),
-    ("task", TypeError, lambda q, t: q.fail(t.id)),
-    ("task", TypeError, lambda q, t: q.retry(t.id)),
-    ("task", TypeError, lambda q, t: q.touch(None)),
-    ("delay_ms", ValueError, lambda q, t: q.retry(t, -1)),
-    ("delay_ms", ValueError, lambda q, t: q.retry(t, NAN)),
-    ("delay_ms", TypeError, lambda q, t: q.retry(t, "5")),
-    ("handler", TypeError, lambda q, t: q.run(None, until_empty=True)),
-    ("id", TypeError, lambda q, t: q.status(5)),
-    ("id", TypeError, lambda q, t: q.status(t)),
-    ("id", TypeError, lambda q, t: q.cancel(None)),
-    ("id", TypeError, lambda q, t: q.requeue(b"x")),
-    ("state", ValueError, lambda q, t: q.ids("creating")),
-    ("state", ValueError, lambda q, t: q.ids("../..")),
-    ("state", ValueError, lambda q, t: q.purge("pending", 0)),
-    ("state", ValueError, lambda q, t: q.purge("in_progress", 0)),
-    ("older_than_s", ValueError, lambda q, t: q.purge("done", -1)),
-    ("older_than_s", ValueError, lambda q, t: q.purge("done", NAN)),
-    ("older_than_s", TypeError, lambda q, t: q.purge("done", "1d")),
-    ("timeout", ValueError, lambda q, t: q.join(-1)),
-    ("timeout", ValueError, lambda q, t: q.join(NAN)),
-    ("timeout", TypeError, lambda q, t: q.join("5")),
-]
-
-
-@pytest.mark.parametrize(("message", "error", "call"), BAD_CALLS)
-def test_bad_arguments(
-    directory: Path, queue: FemtoQueue, message: str, error: type[Exception], call: Call
-) -> None:
-    """A bad argument gets its error at the call, which names it, and nothing has changed."""
-    task = queue.pop()
-    assert task
-    before = snapshot(directory)
-    with pytest.raises(error, match=message):
-        call(queue, task)
-    assert snapshot(directory) == before
-
-
-@pytest.mark.parametrize("sync", [False, True])
-@pytest.mark.parametrize("bad", ["text", None, 5])
-def test_bad_item_in_a_batch(directory: Path, bad: object, sync: bool) -> None:
-    """If push_many raises, what was pushed is a prefix of the items."""
-    queue = FemtoQueue(directory, "a", sync_after_write=sync)
-    with pytest.raises(TypeError, match="data"):
-        queue.push_many([b"0", b"1", bad, b"3"])  # type: ignore[list-item]
-    found = drained(queue)
-    assert found == [b"0", b"1"][: len(found)]
-    assert not files(directory / "creating")
-
-
-@pytest.mark.parametrize(
-    "data",
-    [b"x", bytearray(b"x"), memoryview(b"x"), memoryview(b"-x-")[1:2]],
-    ids=lambda data: type(data).__name__,
-)
-def test_bytes_like(directory: Path, clock: Time, data: bytes) -> None:
-    """Payloads are bytes-like, of any kind."""
-    queue = FemtoQueue(directory, "a")
-    queue.push(data)
-    queue.push_many([data])
-    queue.schedule(data, NOW_US)
-    assert drained(queue) == [b"x"] * 3
-
-
-def test_aware_datetime(directory: Path, clock: Time) -> None:
-    """schedule takes an aware datetime of any time zone."""
-    queue = FemtoQueue(directory, "a")
-    zone = datetime.timezone(datetime.timedelta(hours=9))
-    queue.schedule(b"x", datetime.datetime.fromtimestamp(1_800_000_010, zone))
-    clock.advance(9.9)
-    assert queue.pop() is None
-    clock.advance(0.2)
-    assert drained(queue) == [b"x"]
-
-
-def test_errors_of_the_filesystem(directory: Path) -> None:
-    """An OSError comes with its path."""
-    put(directory.parent / "file")
-    with pytest.raises(OSError) as caught:
-        FemtoQueue(directory.parent / "file", "a")
-    assert str(directory.parent / "file") in str(caught.value)
-    queue = FemtoQueue(directory, "a")
-    shutil.rmtree(directory)
-    for call in (queue.pop, lambda: queue.push(b"x")):
-        with pytest.raises(FileNotFoundError, match=re.escape(str(directory))):
-            call()
-
-
-class Refusal:
-    """Makes calls on some paths fail, as for a user without the rights: root has all of them."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.rules: list[tuple[tuple[str, ...], str, int]] = []
-        for name in ("rename", "link", "unlink", "open", "scandir"):
-            monkeypatch.setattr(os, name, functools.partial(self._call, name, getattr(os, name)))
-
-    def __call__(self, what: str, part: str, code: int) -> None:
-        """From now on, to `what` any path with `part` in it fails with `code`."""
-        calls = {"move": ("rename", "link", "unlink"), "open": ("open",), "list": ("scandir",)}[what]
-        self.rules.append((calls, part, code))
-
-    def _call(self, name: str, real: Callable[..., Any], path: Any, *rest: Any, **options: Any) -> Any:
-        for refused, part, code in self.rules:
-            if name in refused and part in os.fspath(path):
-                raise OSError(code, os.strerror(code), path)
-        return real(path, *rest, **options)
-
-
-@pytest.fixture
-def refuse(monkeypatch: pytest.MonkeyPatch) -> Refusal:
-    return Refusal(monkeypatch)
-
-
-def put_stuck(queue: FemtoQueue, place: str, clock: Time) -> str:
-    """Add the task b"stuck"; return the part of its path that tells it, or where it lies."""
-    if place == "due":
-        id = queue.schedule(b"stuck", int(clock.wall * 1e6) + 1_000_000)
-    else:
-        id = queue.push(b"stuck")
-    if place in ("claim", "owner"):
-        other = FemtoQueue(queue.data_dir, "other")
-        assert other.pop()
-        del other  # its claim is abandoned
-    clock.advance(2_000)  # whatever comes now is in another bucket
-    [path] = Path(queue.data_dir).rglob(f"{id}*")
-    return path.parent.name if place in ("bucket", "owner") else id
-
-
-@pytest.mark.parametrize(
-    ("place", "what", "code"),
-    [
-        ("pending", "move", errno.EACCES),
-        ("pending", "move", errno.EPERM),
-        ("pending", "open", errno.EACCES),
-        ("pending", "open", errno.EIO),
-        ("bucket", "list", errno.EACCES),
-        ("due", "move", errno.EACCES),
-        ("claim", "move", errno.EACCES),
-        ("owner", "list", errno.EACCES),
-    ],
-    ids=lambda value: errno.errorcode[value] if isinstance(value, int) else value,
-)
-def test_a_task_that_cannot_be_had_holds_up_no_other(
-    directory: Path,
-    clock: Time,
-    refuse: Refusal,
-    caplog: pytest.LogCaptureFixture,
-    place: str,
-    what: str,
-    code: int,
-) -> None:
-    """What may not be read or moved is logged and stays; pop goes on, and at the end raises OSError."""
-    queue = FemtoQueue(directory, "a")
-    part = put_stuck(queue, place, clock)
-    [path] = [path for path in directory.rglob("*_*") if path.is_file()]
-    queue.push_many([b"1", b"2"])
-    refuse(what, part, code)
-    for worker in (queue, FemtoQueue(directory, "b")):
-        assert drained_one(worker) in (b"1", b"2")
-    assert part in caplog.text
-    assert {record.name for record in caplog.records} == {"femtoqueue"}
-    for worker in (queue, queue, FemtoQueue(directory, "b")):
-        with pytest.raises(OSError) as caught:
-            worker.pop()
-        assert (caught.value.errno, part in caught.value.filename) == (code, True)
-        assert path.read_bytes() == b"stuck"
-    queue.push(b"3")
-    assert drained_one(queue) == b"3"
-    refuse.rules.clear()
-    task = queue.pop()
-    assert task and task.data == b"stuck"
-    assert task.attempt == (2 if place in ("claim", "owner") else 1)
-
-
-@pytest.mark.parametrize("place", ["pending", "bucket", "owner"])
-def test_run_does_not_end_by_a_task_that_cannot_be_had(
-    directory: Path, clock: Time, refuse: Refusal, place: str
-) -> None:
-    """run goes on as long as there is other work, and never says that a queue is empty that is not."""
-    queue = FemtoQueue(directory, "a")
-    part = put_stuck(queue, place, clock)
-    queue.push(b"3")
-    refuse("move" if place == "pending" else "list", part, errno.EACCES)
-    handled = []
-
-    def handle(task: FemtoTask) -> None:
-        handled.append(task.data)
-        if task.data != b"0":
-            queue.push(b"%d" % (int(task.data) - 1))
-
-    with pytest.raises(PermissionError, match=re.escape(part)):
-        queue.run(handle, until_empty=True)
-    assert handled == [b"3", b"2", b"1", b"0"]
-
-
-@pytest.fixture
-def vanish(monkeypatch: pytest.MonkeyPatch) -> Callable[[Path], None]:
-    """vanish(path): somebody deletes this file right after it was looked at for the first time."""
-    doomed: list[str] = []
-
-    def look_once(real: Callable[..., Any], path: Any, *rest: Any, **options: Any) -> Any:
-        info = real(path, *rest, **options)
-        if path in doomed:
-            doomed.remove(path)
-            os.unlink(path)
-        return info
-
-    for name in ("stat", "lstat"):
-        monkeypatch.setattr(os, name, functools.partial(look_once, getattr(os, name)))
-    return lambda path: doomed.append(str(path))
-
-
-def test_purged_while_it_is_looked_at(directory: Path, vanish: Callable[[Path], None]) -> None:
-    """That another process purges a finished task meanwhile is no error of status, requeue or pop."""
-    queue = FemtoQueue(directory, "a")
-    looked, requeued, twice = ids = queue.push_many([b"1", b"2", b"3"])
-    queue.done(queue.pop())
-    queue.done(queue.pop())
-    queue.retry(queue.pop())
-    [pending] = (directory / "pending").rglob(f"{twice}~1")
-    os.link(pending, directory / "done" / twice)  # as healing a distributed filesystem leaves it
-    for id in ids:
-        vanish(directory / "done" / id)
-    assert queue.status(looked) in ("done", None)
-    assert queue.requeue(requeued) is False
-    assert queue.pop() is None, "it was finished"
-    assert [queue.status(id) for id in ids] == [None] * 3
-
-
-@pytest.mark.parametrize("call", ["push", "schedule", "push_file"])
-def test_a_push_whose_file_was_deleted(
-    directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str
-) -> None:
-    """Somebody empties creating/ during a push: it raises FileNotFoundError, and there is no task."""
-    queue = FemtoQueue(directory, "a")
-    real = os.rename
-
-    def too_late(source: str, target: str) -> None:
-        Path(source).unlink(missing_ok=True)
-        real(source, target)
-
-    monkeypatch.setattr(os, "rename", too_late)
-    with pytest.raises(FileNotFoundError) as caught:
-        if call == "push":
-            queue.push(b"x")
-        elif call == "schedule":
-            queue.schedule(b"x", 1_790_000_000_000_000)
-        else:
-            queue.push_file(put(tmp_path / "file"))
-    assert caught.value.filename.startswith(f"{directory}/creating/")
-    assert not any(queue.counts().values())
-    monkeypatch.setattr(os, "rename", real)
-    queue.push(b"again")
-    assert drained(queue) == [b"again"]
-
-
-# --- users with fewer rights --------------------------------------------------------------------------
-
-AS_NOBODY = """
-os.setgroups([])
-os.setgid(65534)
-os.setuid(65534)
-"""
-
-
-@pytest.fixture
-def open_to_all() -> Iterator[Path]:
-    """Where a queue may be made that every user of this machine can reach."""
-    with tempfile.TemporaryDirectory() as top:
-        os.chmod(top, 0o755)
-        yield Path(top, "queue")
-
-
-@needs_root
-@pytest.mark.parametrize("clock_file", ["with", "without"])
-def test_looking_takes_no_more_than_the_right_to_read(open_to_all: Path, clock_file: str) -> None:
-    """status, counts and ids, and the commands status and list, work for who may only read."""
-    queue = FemtoQueue(open_to_all, "node-1")
-    ids = queue.push_many([b"done", b"failed", b"corrupt", b"claimed", b"pending"])
-    next((open_to_all / "pending").rglob(ids[2])).write_bytes(b"broken")
-    queue.done(queue.pop())
-    queue.fail(queue.pop())
-    claimed = queue.pop()
-    assert claimed and claimed.data == b"claimed"
-    ids.append(queue.schedule(b"scheduled", time.time_ns() // 1000 + 10**10))
-    if clock_file == "without":
-        [path] = open_to_all.glob("clock-*")
-        path.unlink()
-    before = snapshot(open_to_all)
-    # The standard library may lie where nobody else can read it.
-    imports = "import argparse, datetime, json, locale, logging, shutil"
-    looker = """
-queue = FemtoQueue(sys.argv[1], "reader")
-print([queue.status(id) for id in sys.argv[2:]], sum(queue.counts().values()))
-assert {state: len(list(queue.ids(state))) for state in STATES} == queue.counts()
-for command in (["status"], ["status", "--json"], *(["list", state] for state in STATES)):
-    assert femtoqueue.main([sys.argv[1], *command]) == 0, command
-for call in (lambda: queue.push(b"x"), queue.pop):
-    try:
-        print("no error:", call())
-    except PermissionError as error:
-        print(error.filename.startswith(sys.argv[1]))
-"""
-    first, *lines = run(imports + AS_NOBODY + looker, open_to_all, *ids).splitlines()
-    states = ["done", "failed", "corrupt", "in_progress", "pending", "scheduled"]
-    assert first == f"{states} 6"
-    assert lines[-2:] == ["True", "True"]
-    listed = [ids[states.index(state)] for state in STATES]
-    assert lines[-8:-2] == listed
-    assert all(state in "".join(lines) for state in STATES)
-    assert snapshot(open_to_all) == before
-
-
-# --- threads, fork, other processes -------------------------------------------------------------------
-
-
-def test_threads(directory: Path) -> None:
-    """One object may be used by many threads: nothing is delivered twice, nothing is lost."""
-    queue = FemtoQueue(directory, "a")
-    found: list[tuple[str, bytes]] = []
-    pushed: list[str] = []
-    errors: list[BaseException] = []
-
-    def work(number: int) -> None:
-        try:
-            for count in range(150):
-                pushed.append(queue.push(b"%d" % (number * 1_000 + count)))
-                if count % 3:
-                    take()
-            while take():
-                pass
-        except BaseException as error:
-            errors.append(error)
-
-    def take() -> bool:
-        task = queue.pop()
-        if task:
-            found.append((task.id, task.data))
-            queue.done(task)
-        return task is not None
-
-    before = sys.getswitchinterval()
-    sys.setswitchinterval(1e-5)
-    try:
-        threads = [threading.Thread(target=work, args=(number,)) for number in range(8)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-    finally:
-        sys.setswitchinterval(before)
-    assert not errors
-    assert sorted(id for id, _ in found) == sorted(pushed) and len(set(pushed)) == 1_200
-    assert {data for _, data in found} == {
-        b"%d" % (n * 1_000 + c) for n in range(8) for c in range(150)
-    }
-    assert queue.counts()["done"] == 1_200
-
-
-def forked(work: Callable[[], object]) -> int:
-    """Do something in a forked child; its status is 0 if nothing was raised."""
-    pid = os.fork()
-    if pid:
-        return pid
-    status = 1
-    try:
-        work()
-        status = 0
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        os._exit(status)
-
-
-def owners(directory: Path) -> set[int]:
-    """The PIDs of all who hold claims."""
-    claims = (directory / "in_progress").glob("*/*")
-    return {int(path.parent.name.split("~")[1]) for path in claims}
-
-
-def test_fork(directory: Path, queue: FemtoQueue) -> None:
-    """An object may be carried through fork: the child claims as itself, the parent keeps its own."""
-    mine = queue.pop()
-    assert mine
-    reader, writer = os.pipe()
-
-    def claim_and_wait() -> None:
-        assert queue.pop()
-        queue.push(b"c")
-        os.write(writer, b"claimed")
-        signal.pause()
-
-    child = forked(claim_and_wait)
-    os.close(writer)  # so that its death ends the read
-    try:
-        assert os.read(reader, 7) == b"claimed"
-        assert owners(directory) == {os.getpid(), child}
-        assert drained(queue) == [b"c"]
-    finally:
-        os.close(reader)
-        os.kill(child, signal.SIGKILL)
-        os.waitpid(child, 0)
-    assert drained(FemtoQueue(directory, "node-2")) == [b"b"]
-    queue.done(mine)
-
-
-def test_the_child_ends(directory: Path, queue: FemtoQueue) -> None:
-    """What a forked child does with its copy, and its end, leave the parent's claims alone."""
-    mine = queue.pop()
-    assert mine
-
-    def work() -> None:
-        queue.push(b"c")
-        assert drained(queue) == [b"b", b"c"]
-        queue.close()
-
-    assert os.waitpid(forked(work), 0)[1] == 0
-    assert drained(FemtoQueue(directory, "node-1")) == []
-    queue.push(b"d")
-    assert drained(queue) == [b"d"]
-    queue.done(mine)
-
-
-def test_fork_makes_other_ids(directory: Path, queue: FemtoQueue) -> None:
-    """Parent and child never make the same id, not even in the same microsecond."""
-    time_us = int(time.time() * 1e6) + 60_000_000
-
-    def schedule() -> None:
-        for _ in range(100):
-            queue.schedule(b"same", time_us)
-
-    child = forked(schedule)
-    schedule()
-    assert os.waitpid(child, 0)[1] == 0
-    assert queue.counts()["scheduled"] == 200
-
-
-@pytest.mark.parametrize("keep", [True, False])
-@pytest.mark.parametrize("call", ["done", "retry"])
-def test_a_forked_child_finishes(directory: Path, call: str, keep: bool) -> None:
-    """A task popped before the fork may be finished by the child; the parent gets NotInProgress."""
-    queue = FemtoQueue(directory, "node-1", keep_done=keep)
-    queue.push(b"a")
-    mine = queue.pop()
-    assert mine
-    assert os.waitpid(forked(lambda: getattr(queue, call)(mine)), 0)[1] == 0
-    with pytest.raises(NotInProgress):
-        queue.done(mine)
-    assert drained(queue) == ([b"a"] if call == "retry" else [])
-
-
-def claim_for_the_parent(queue: FemtoQueue, mine: FemtoTask, pipe: object) -> None:
-    """What the child of `test_multiprocessing` does."""
-    claim = queue.pop()
-    queue.done(mine)
-    pipe.send((os.getpid(), claim))  # type: ignore[attr-defined]
-    pipe.recv()  # type: ignore[attr-defined]
-
-
-@pytest.mark.parametrize("method", ["fork", "spawn"])
-def test_multiprocessing(directory: Path, queue: FemtoQueue, method: str) -> None:
-    """Queue and task may be passed to a child of multiprocessing; it claims as itself."""
-    mine = queue.pop()
-    assert mine
-    context = multiprocessing.get_context(method)
-    here, there = context.Pipe()
-    child = context.Process(target=claim_for_the_parent, args=(queue, mine, there))
-    child.start()
-    there.close()  # so that its death ends the recv
-    try:
-        pid, claim = here.recv()
-        assert owners(directory) == {pid} == {child.pid}
-        assert queue.status(mine.id) == "done"
-        assert queue.pop() is None, "the child is alive"
-        queue.done(claim)
-        here.send("end")
-        child.join()
-        assert child.exitcode == 0
-    finally:
-        child.kill()
-        child.join()
-    assert queue.status(claim.id) == "done" and claim.data == b"b"
-
-
-def test_pickled_queue(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A pickled queue has its settings, and is the same queue wherever it is unpickled."""
-    monkeypatch.chdir(directory.parent)
-    queue = FemtoQueue(directory.name, "a", 5_000, max_attempts=3, keep_done=False, maxsize=7)
-    queue.push(b"x")
-    (directory.parent / "elsewhere").mkdir()
-    os.chdir(directory.parent / "elsewhere")
-    again = pickle.loads(pickle.dumps(queue))
-    settings = ("node_id", "timeout_stale_ms", "max_attempts", "keep_done", "keep_failed", "maxsize")
-    assert all(getattr(again, name) == getattr(queue, name) for name in settings)
-    assert drained(again) == [b"x"]
-
-
-@pytest.mark.parametrize("size", [1, (1 << 20) + 1])
-@pytest.mark.parametrize("call", ["done", "fail", "retry", "touch"])
-def test_finished_in_another_process(directory: Path, clock: Time, call: str, size: int) -> None:
-    """A task can be pickled and finished from another process, though it was touched meanwhile."""
-    payload = b"x" * size
-    queue = FemtoQueue(directory, "a")
-    id = queue.push(payload)
-    task = queue.pop()
-    assert task
-    copy = pickle.dumps(task)
-    clock.advance(10)
-    queue.touch(task)
-    code = """
-import pickle
-task = pickle.loads(bytes.fromhex(sys.argv[3]))
-assert task.data == b"x" * int(sys.argv[4])
-getattr(FemtoQueue(sys.argv[1], "b"), sys.argv[2])(task)
-"""
-    run(code, directory, call, copy.hex() if size == 1 else pickle.dumps(task).hex(), size)
-    after = {"done": "done", "fail": "failed", "retry": "pending", "touch": "in_progress"}
-    assert queue.status(id) == after[call]
-    if call == "touch":
-        assert task.data == payload
-        queue.done(task)
-    else:
+# --- done, fail ---------------------------------------------------------------------------------------
+
+VERDICTS = {
+    "done": lambda q, task: q.done(task),
+    "fail": lambda q, task: q.fail(task),
+    "retry": lambda q, task: q.retry(task),
+    "retry-later": lambda q, task: q.retry(task, 1_000),
+}
+
+
+@pytest.mark.parametrize("keep", [True, False], ids=["keep", "delete"])
+@pytest.mark.parametrize("second", VERDICTS)
+@pytest.mark.parametrize("first", VERDICTS)
+def test_a_task_is_finished_once(directory: Path, first: str, second: str, keep: bool) -> None:
+    """After one verdict every other, and the same one again, raises NotInProgress, each time."""
+    q = FemtoQueue(directory, "node", keep_done=keep, keep_failed=keep)
+    q.push(b"x")
+    task = q.pop()
+    VERDICTS[first](q, task)
+    before = files(directory)
+    for _ in range(2):
         with pytest.raises(NotInProgress):
-            queue.done(task)
+            VERDICTS[second](q, task)
+        assert files(directory) == before
 
 
-# ====================================================================================================
-# Everything a worker and its operator need
-# ====================================================================================================
-
-README = HERE / "README.md"
-IDS = [f"{n:016d}_node_{n:018x}.00000000" for n in range(1_790_000_000_000_000, 1_790_000_000_000_003)]
-
-
-Process = subprocess.Popen[str]
-Spawn = Callable[..., Process]
-
-
-@pytest.fixture
-def guard() -> Iterator[Callable[[Process], Process]]:
-    """Sees that a process ends with the test, or after 30 s if the test waits in vain."""
-    with contextlib.ExitStack() as stack:
-
-        def guard(process: Process) -> Process:
-            stack.enter_context(process)
-            watchdog = threading.Timer(30, process.kill)
-            watchdog.start()
-            stack.callback(watchdog.cancel)
-            stack.callback(process.kill)
-            return process
-
-        yield guard
+@pytest.mark.parametrize("keep", [True, False], ids=["keep", "delete"])
+@pytest.mark.parametrize("verdict", VERDICTS)
+def test_a_lost_claim_has_no_verdict(directory: Path, clock: Time, verdict: str, keep: bool) -> None:
+    """Whose lease ran out gets NotInProgress, however often he tries, and whatever the next one did."""
+    q = FemtoQueue(directory, "node", keep_done=keep, keep_failed=keep)
+    other = FemtoQueue(directory, "other", keep_done=keep, keep_failed=keep)
+    q.push(b"x")
+    lost = q.pop()
+    clock.advance(31)
+    task = other.pop()
+    for finish in (lambda: None, lambda: other.done(task)):
+        finish()
+        before = files(directory)
+        for _ in range(2):
+            with pytest.raises(NotInProgress):
+                VERDICTS[verdict](q, lost)
+            assert files(directory) == before
 
 
-@pytest.fixture
-def spawn(guard: Callable[[Process], Process]) -> Spawn:
-    """`start`, guarded."""
-    return lambda code, *arguments: guard(start(code, *arguments, stderr=subprocess.PIPE))
+def test_not_in_progress_once_finished_or_lost(directory: Path, clock: Time) -> None:
+    """Whoever finishes a task twice, or after its lease was lost, gets NotInProgress."""
+    queue = FemtoQueue(directory, "a")
+    queue.push(b"x")
+    first = queue.pop()
+    clock.advance(31)
+    second = queue.pop()
+    assert first and second and (first.attempt, second.attempt) == (1, 2)
+    calls = (queue.done, queue.fail, queue.touch, queue.retry)
+    for call in calls:  # not even through the very object that has it again
+        with pytest.raises(NotInProgress, match=re.escape(first.id)):
+            call(first)
+    queue.done(second)
+    for call in calls:
+        with pytest.raises(NotInProgress):
+            call(second)
+    assert queue.counts() == {**dict.fromkeys(femtoqueue.STATES, 0), "done": 1}
 
 
-def expect(process: Process, line: str) -> None:
-    """Wait for the next line that the process prints, which must be this one."""
-    assert process.stdout is not None
-    assert process.stdout.readline().rstrip("\n") == line
+@durable_or_not
+def test_finished_tasks_need_not_be_kept(directory: Path, durable: bool) -> None:
+    """keep_done=False and keep_failed=False delete at done and fail."""
+    q = FemtoQueue(directory, "node", sync_after_write=durable, keep_done=False, keep_failed=False)
+    for finish in (q.done, q.fail):
+        q.push(b"x")
+        task = q.pop()
+        finish(task)
+        assert q.status(task.id) is None
+    assert sum(q.counts().values()) == 0
 
 
-def tell_worker(process: Process) -> None:
-    """Let a process go on that waits in input()."""
-    assert process.stdin is not None
-    process.stdin.write("\n")
-    process.stdin.flush()
-
-
-def ending(process: Process) -> tuple[str, int]:
-    """What else the process prints, errors behind the rest, and its exit status."""
-    assert process.stdin and process.stdout and process.stderr
-    process.stdin.close()
-    # Not communicate(): that loses what readline() has read ahead.
-    return process.stdout.read() + process.stderr.read(), process.wait()
-
-
-def payloads(q: FemtoQueue) -> list[bytes]:
-    """Drain the queue."""
-    found = []
-    while task := q.pop():
-        found.append(task.data)
-        q.done(task)
-    return found
-
-
-def names(directory: Path, state: str) -> list[str]:
-    """The names of the task files of a state."""
-    return sorted(p.name for p in (directory / state).rglob("*") if not p.is_dir())
-
-
-def tree(directory: Path) -> dict[str, object]:
-    """All that can be seen of a directory: any change to it is a difference."""
-    return {
-        str(path.relative_to(directory)): (
-            path.lstat().st_mtime_ns,
-            path.is_file() and path.read_bytes(),
-        )
-        for path in [directory, *directory.rglob("*")]
-    }
-
-
-def break_call(monkeypatch: pytest.MonkeyPatch, name: str, at: int) -> None:
-    """Let the call number `at` of os.<name> raise EIO."""
-    real = getattr(os, name)
-    count = itertools.count()
-
-    def broken(*arguments: object, **options: object) -> object:
-        if next(count) == at:
-            raise OSError(errno.EIO, os.strerror(errno.EIO))
-        return real(*arguments, **options)
-
-    monkeypatch.setattr(os, name, broken)
-
-
-# --- retries ------------------------------------------------------------------------------------------
+# --- retry --------------------------------------------------------------------------------------------
 
 
 def test_retry_puts_a_task_back_at_its_old_place(directory: Path, clock: Time) -> None:
@@ -2347,18 +2465,6 @@ def test_retry_refuses_a_bad_delay(directory: Path, delay_ms: object) -> None:
     q.done(task)
 
 
-def test_attempts_are_counted_in_the_name_at_each_claim(directory: Path, clock: Time) -> None:
-    """Every claim uses up one delivery, before the task is handed out, and a lost lease counts too."""
-    q = FemtoQueue(directory, "node", timeout_stale_ms=1_000)
-    id = q.push(b"x")
-    for attempt in (1, 2, 3):
-        task = FemtoQueue(directory, f"node{attempt}", timeout_stale_ms=1_000).pop()
-        assert task.attempt == attempt
-        (name,) = names(directory, "in_progress")
-        assert name.startswith(f"{id}~{attempt}~")
-        clock.advance(1.1)
-
-
 @pytest.mark.parametrize("keep_failed", [True, False])
 def test_max_attempts_end_in_failed(directory: Path, clock: Time, keep_failed: bool) -> None:
     """After max_attempts deliveries retry, with or without a delay, is fail."""
@@ -2405,6 +2511,28 @@ print("done", FemtoQueue(sys.argv[1], "node", max_attempts=3).run(handle, until_
     assert f"{poison} has used up its 3 attempts" in out
     assert q.status(poison) == "failed"
     assert q.counts() == dict.fromkeys(femtoqueue.STATES, 0) | {"done": 1, "failed": 1}
+
+
+# --- touch --------------------------------------------------------------------------------------------
+
+
+def test_touch_begins_a_new_lease(directory: Path, clock: Time) -> None:
+    """touch begins a new full lease."""
+    queue, other = FemtoQueue(directory, "a"), FemtoQueue(directory, "b")
+    id = queue.push(b"x")
+    task = queue.pop()
+    assert task
+    for _ in range(5):
+        clock.advance(29)
+        queue.touch(task)
+        assert other.pop() is None
+    assert Path(task.path).read_bytes() == task.data == b"x"
+    clock.advance(29.9)
+    assert other.pop() is None
+    clock.advance(0.2)
+    assert other.pop()
+    with pytest.raises(NotInProgress, match=re.escape(id)):
+        queue.touch(task)
 
 
 # --- run ----------------------------------------------------------------------------------------------
@@ -2569,7 +2697,7 @@ print(q.run(handle, until_empty=True))
     expect(process, "begun")
     assert q.pop(timeout=1.5) is None
     assert q.status(id) == "in_progress"
-    tell_worker(process)
+    say(process)
     assert ending(process) == ("False b'x'\n1\n", 0)
     assert q.status(id) == "done"
 
@@ -2659,7 +2787,7 @@ def test_a_signal_lets_the_task_in_hand_be_finished(
     process.send_signal(number)
     expect(process, "caught")
     assert q.status(ids[0]) == "in_progress"
-    tell_worker(process)
+    say(process)
     assert ending(process) == ("returned 1\n", 0)
     assert [q.status(id) for id in ids] == ["done", "pending"]
     assert q.pop().attempt == 1
@@ -2701,309 +2829,9 @@ def test_a_second_signal_gives_the_task_back_at_once(
     assert q.pop().attempt == 2
 
 
-def test_run_restores_the_signal_handlers_before_it(directory: Path) -> None:
-    """run sets its handlers while it runs, and leaves those that it found, however it ends."""
-    q = FemtoQueue(directory, "node")
-    q.push_many([b"1", b"2"])
-    numbers = (signal.SIGTERM, signal.SIGINT)
-    found = [lambda *_: None, signal.SIG_IGN]
-    before = [signal.signal(number, handler) for number, handler in zip(numbers, found, strict=True)]
-    try:
-        during = []
+# --- status, counts, ids ------------------------------------------------------------------------------
 
-        def handle(task: FemtoTask) -> None:
-            during.extend(map(signal.getsignal, numbers))
-            if task.data == b"2":
-                raise KeyboardInterrupt
-
-        with pytest.raises(KeyboardInterrupt):
-            q.run(handle, until_empty=True)
-        assert list(map(signal.getsignal, numbers)) == found
-        assert len(during) == 4 and not set(during) & set(found)
-    finally:
-        for number, handler in zip(numbers, before, strict=True):
-            signal.signal(number, handler)
-
-
-def test_run_in_another_thread_sets_no_signal_handlers(directory: Path) -> None:
-    """run works in a thread that is not the main one, and leaves signals alone there."""
-    q = FemtoQueue(directory, "node")
-    q.push(b"x")
-    numbers = (signal.SIGTERM, signal.SIGINT)
-    before = list(map(signal.getsignal, numbers))
-    seen: list[object] = []
-
-    def handle(task: FemtoTask) -> None:
-        seen.append(list(map(signal.getsignal, numbers)))
-
-    thread = threading.Thread(target=lambda: seen.append(q.run(handle, until_empty=True)))
-    thread.start()
-    thread.join(30)
-    assert seen == [before, 1]
-
-
-def test_run_leaves_no_thread_and_no_reference_behind(directory: Path) -> None:
-    """A heartbeat only while run is running; the last reference dropped, the object is gone at once."""
-    q = FemtoQueue(directory, "node", max_attempts=1)
-    q.push_many([b"1", b"fails", b"3"])
-    held = q.pop()
-    threads = threading.active_count()
-    running = []
-
-    def handle(task: FemtoTask) -> None:
-        running.append(threading.active_count())
-        if task.data == b"fails":
-            raise ValueError("fails")
-
-    logging.getLogger("femtoqueue").disabled = True  # pytest keeps what is logged, traceback and all
-    try:
-        assert q.run(handle, until_empty=True) == 1
-    finally:
-        logging.getLogger("femtoqueue").disabled = False
-    assert running == [threads + 1] * 2
-    assert threading.active_count() == threads
-    gone = weakref.ref(q)
-    gc.disable()
-    try:
-        del q
-        assert gone() is None
-    finally:
-        gc.enable()
-    assert FemtoQueue(directory, "other").pop().id == held.id
-
-
-# --- more ways in -------------------------------------------------------------------------------------
-
-durable_or_not = pytest.mark.parametrize("durable", [False, True], ids=["fast", "durable"])
-
-
-@durable_or_not
-def test_push_many_keeps_order(directory: Path, durable: bool) -> None:
-    """push_many takes any iterable of bytes-likes, returns their ids in order, and none is no task."""
-    q = FemtoQueue(directory, "node", sync_after_write=durable)
-    items = [b"%d" % n for n in range(250)] + [bytearray(b"x"), memoryview(b"y"), b""]
-    ids = q.push_many(iter(items))
-    assert ids == sorted(set(ids)) == list(q.ids("pending"))
-    assert payloads(q) == [bytes(item) for item in items]
-    assert q.push_many([]) == []
-    assert names(directory, "creating") == []
-
-
-@durable_or_not
-@pytest.mark.parametrize("items", [b"bytes", "text", memoryview(b"x"), bytearray(b"x")])
-def test_push_many_refuses_one_payload(directory: Path, durable: bool, items: object) -> None:
-    """A payload in place of several is a mistake, not so many tasks of one byte."""
-    with pytest.raises(TypeError, match="push"):
-        FemtoQueue(directory, "node", sync_after_write=durable).push_many(items)
-
-
-@durable_or_not
-def test_push_many_that_fails_has_pushed_a_prefix(directory: Path, durable: bool) -> None:
-    """When an item is bad, or the iterable raises, those pushed are the first ones."""
-    q = FemtoQueue(directory, "node", sync_after_write=durable)
-
-    def items() -> Iterator[bytes]:
-        yield b"1"
-        yield b"2"
-        raise RuntimeError
-
-    with pytest.raises(RuntimeError):
-        q.push_many(items())
-    assert payloads(q) in ([], [b"1"], [b"1", b"2"])
-    with pytest.raises(TypeError, match="encode"):
-        q.push_many([b"1", "text", b"3"])
-    assert payloads(q) in ([], [b"1"])
-    assert names(directory, "creating") == []
-
-
-@pytest.mark.parametrize("call", ["open", "write", "fsync", "rename", "close", "posix_fadvise"])
-def test_push_many_on_a_bad_disk_has_pushed_a_prefix(
-    directory: Path, monkeypatch: pytest.MonkeyPatch, call: str
-) -> None:
-    """Whichever system call fails: a prefix is pushed, nothing is left in creating/, no open file."""
-    items = [b"%d" % n for n in range(5)]
-    for at in range(14):
-        q = FemtoQueue(directory / str(at), "node", sync_after_write=True)
-        open_files = len(os.listdir("/proc/self/fd"))
-        with monkeypatch.context() as patch:
-            break_call(patch, call, at)
-            try:
-                q.push_many(items)
-                assert q.counts()["pending"] == 5
-            except OSError:
-                pass
-        assert len(os.listdir("/proc/self/fd")) <= open_files + (call == "close")
-        pushed = payloads(q)
-        assert pushed == items[: len(pushed)]
-        assert names(directory / str(at), "creating") == []
-        assert payloads(q) == []
-
-
-def test_push_many_takes_back_the_last_ones_first(
-    directory: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """While a failed batch is withdrawn, what can be seen of it is a prefix at every moment."""
-    q = FemtoQueue(directory, "node", sync_after_write=True)
-    items = [b"%d" % n for n in range(5)]
-    seen = []
-    real = os.unlink
-
-    def unlink(path: str) -> None:
-        seen.append(sorted(p.read_bytes() for p in (directory / "pending").rglob("*") if p.is_file()))
-        real(path)
-
-    monkeypatch.setattr(os, "unlink", unlink)
-    monkeypatch.setattr(femtoqueue, "_sync", lambda *_: names(directory, "creating") or 1 / 0)
-    with pytest.raises(ZeroDivisionError):
-        q.push_many(items)
-    assert seen[0] == items
-    assert all(pushed == items[: len(pushed)] for pushed in seen)
-    assert payloads(FemtoQueue(directory, "other")) == []
-
-
-@durable_or_not
-def test_push_many_returns_only_what_was_pushed(directory: Path, durable: bool) -> None:
-    """Files that somebody deletes from creating/ are an error, never ids of tasks that do not exist."""
-    q = FemtoQueue(directory, "node", sync_after_write=durable)
-
-    def items() -> Iterator[bytes]:
-        yield b"1"
-        for name in names(directory, "creating"):
-            (directory / "creating" / name).unlink()
-        yield b"2"
-
-    try:
-        ids = q.push_many(items())
-    except FileNotFoundError:
-        assert payloads(q) in ([], [b"1"])
-    else:
-        assert ids == list(q.ids("pending"))
-
-
-@pytest.fixture
-def places(tmp_path: Path) -> Iterator[list[Path]]:
-    """A directory on the queue's filesystem, and one on another, if there is one."""
-    memory = Path("/dev/shm")
-    if not memory.is_dir() or memory.stat().st_dev == tmp_path.stat().st_dev:
-        yield [tmp_path]
-    else:
-        with tempfile.TemporaryDirectory(dir=memory) as other:
-            yield [tmp_path, Path(other)]
-
-
-@durable_or_not
-@pytest.mark.parametrize("move", [False, True], ids=["copy", "move"])
-def test_push_file_copies_or_moves(
-    directory: Path, places: list[Path], durable: bool, move: bool
-) -> None:
-    """push_file makes a file's content a task, from any filesystem; moved, the file is gone."""
-    q = FemtoQueue(directory, "node", sync_after_write=durable)
-    for place in places:
-        for content in (b"", b"x" * 3_000_000):
-            source = place / "file"
-            source.write_bytes(content)
-            inode = source.stat().st_ino
-            id = q.push_file(str(source) if move else source, move=move)
-            assert source.exists() is not move
-            task = q.pop()
-            assert (task.id, task.data) == (id, content)
-            if move and place == places[0]:
-                assert os.stat(task.path).st_ino == inode
-            q.done(task)
-    assert names(directory, "creating") == []
-
-
-@pytest.mark.parametrize("move", [False, True], ids=["copy", "move"])
-def test_push_file_refuses_what_is_no_file(directory: Path, tmp_path: Path, move: bool) -> None:
-    """A directory, a FIFO (without waiting for a writer), a device: ValueError; nothing is changed."""
-    q = FemtoQueue(directory, "node")
-    os.mkfifo(tmp_path / "fifo")
-    (tmp_path / "dir").mkdir()
-    (tmp_path / "dangling").symlink_to("nowhere")
-    (tmp_path / "link to fifo").symlink_to("fifo")
-    for name in ("fifo", "dir", "link to fifo", "/dev/null"):
-        with pytest.raises(ValueError, match=re.escape(name)):
-            q.push_file(tmp_path / name, move=move)
-    for name in ("dangling", "missing"):
-        with pytest.raises((FileNotFoundError, ValueError), match=name):
-            q.push_file(tmp_path / name, move=move)
-    assert q.counts()["pending"] == 0
-    assert names(directory, "creating") == []
-    assert stat.S_ISFIFO(os.lstat(tmp_path / "fifo").st_mode) and (tmp_path / "dir").is_dir()
-
-
-def test_push_file_moves_no_symbolic_link(directory: Path, tmp_path: Path) -> None:
-    """Moved, a link would be a task that nobody follows: ValueError, and link and file stay."""
-    q = FemtoQueue(directory, "node")
-    (tmp_path / "file").write_bytes(b"x")
-    (tmp_path / "link").symlink_to("file")
-    with pytest.raises(ValueError, match="symbolic link"):
-        q.push_file(tmp_path / "link", move=True)
-    assert (tmp_path / "link").is_symlink() and (tmp_path / "file").read_bytes() == b"x"
-    assert q.counts()["pending"] == 0
-
-
-@durable_or_not
-@pytest.mark.parametrize("call", ["open", "read", "write", "rename", "fsync", "close", "unlink"])
-def test_push_file_that_fails_leaves_the_file_where_it_was(
-    directory: Path, places: list[Path], monkeypatch: pytest.MonkeyPatch, durable: bool, call: str
-) -> None:
-    """A failed system call: the file is where it was and no task, so the call can be made again."""
-    for at, place in itertools.product(range(4), places):
-        q = FemtoQueue(directory / f"{at}{place.name}", "node", sync_after_write=durable)
-        source = place / "file"
-        source.write_bytes(b"x")
-        with monkeypatch.context() as patch:
-            break_call(patch, call, at)
-            with contextlib.suppress(OSError):
-                q.push_file(source, move=True)
-                source.write_bytes(b"it is a task, so the place is free")
-        if source.read_bytes() == b"x":
-            assert payloads(q) == []
-            q.push_file(source, move=True)
-        assert payloads(q) == [b"x"]
-
-
-def test_a_gigabyte_goes_through_in_32_megabytes(places: list[Path]) -> None:
-    """push_file, pop and task.path stream: 1 GiB in 32 MB of memory."""
-    peak_kb = run(
-        """
-place = sys.argv[1]
-with open(f"{place}/file", "wb") as file:
-    file.write(b"begin")
-    file.truncate(1 << 30)
-q = FemtoQueue(f"{place}/big", "node")
-q.push_file(f"{place}/file")
-task = q.pop()
-with open(task.path, "rb") as file:
-    size = sum(map(len, iter(lambda: file.read(1 << 20), b"")))
-assert size == 1 << 30
-q.done(task)
-# Not ru_maxrss: that begins with what the parent had when it forked.
-print(next(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM")))
-""",
-        places[-1],
-    )
-    assert int(peak_kb) < 32_000
-
-
-def test_schedule_takes_an_aware_datetime(directory: Path, clock: Time) -> None:
-    """A datetime is due at its instant, whatever its time zone; a naive one is refused."""
-    q = FemtoQueue(directory, "node")
-    zone = datetime.timezone(datetime.timedelta(hours=5, minutes=30))
-    id = q.schedule(b"x", datetime.datetime.fromtimestamp(clock.wall + 60, zone))
-    assert names(directory, "scheduled") == [f"{id}~0~{int((clock.wall + 60) * 1e6)}"]
-    clock.advance(59.9)
-    assert q.pop() is None
-    clock.advance(0.1)
-    assert q.pop().id == id
-    with pytest.raises(ValueError, match="time zone"):
-        q.schedule(b"x", datetime.datetime(2030, 1, 1))  # noqa: DTZ001
-    with pytest.raises(TypeError, match="time_us"):
-        q.schedule(b"x", datetime.date(2030, 1, 1))
-
-
-# --- looking ------------------------------------------------------------------------------------------
+IDS = [f"{n:016d}_node_{n:018x}.00000000" for n in range(1_790_000_000_000_000, 1_790_000_000_000_003)]
 
 
 def test_status_and_counts_follow_a_task(directory: Path, clock: Time) -> None:
@@ -3054,23 +2882,7 @@ def test_ids_are_oldest_first(directory: Path, clock: Time) -> None:
             q.ids(state)
 
 
-def test_ids_of_pending_are_lazy(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The first ids of a long queue cost one directory, not all of them."""
-    q = FemtoQueue(directory, "node")
-    for n in range(50):
-        bucket = directory / "pending" / f"{1_790_000_000_000_000 + n * 10**9}"
-        bucket.mkdir()
-        (bucket / f"{bucket.name}_x").write_bytes(b"")
-    opened = []
-    real = os.scandir
-    monkeypatch.setattr(os, "scandir", lambda path: (opened.append(path), real(path))[1])
-    ids = q.ids("pending")
-    assert next(ids).startswith("1790000000000000_")
-    assert len(opened) <= 3
-    assert len(list(ids)) == 49
-
-
-HOSTILE_WORKER = [
+HOSTILE_IDS = [
     "",
     ".",
     "..",
@@ -3115,7 +2927,7 @@ def test_the_watch_on_the_filesystem_works(directory: Path, touched: list[object
     assert any(IDS[0] in str(call) for call in touched)
 
 
-@pytest.mark.parametrize("id", HOSTILE_WORKER, ids=ascii)
+@pytest.mark.parametrize("id", HOSTILE_IDS, ids=ascii)
 def test_a_hostile_id_never_reaches_the_filesystem(
     directory: Path, tmp_path: Path, touched: list[object], id: str
 ) -> None:
@@ -3144,7 +2956,7 @@ def test_an_id_that_is_no_str_is_a_type_error(
     assert touched == []
 
 
-# --- housekeeping -------------------------------------------------------------------------------------
+# --- cancel, requeue, purge ---------------------------------------------------------------------------
 
 
 @durable_or_not
@@ -3182,53 +2994,6 @@ def test_a_bucket_removed_meanwhile_is_no_error(
 
     monkeypatch.setattr(os, "unlink", unlink)
     assert q.cancel(id) is True
-
-
-@pytest.mark.parametrize("call", ["cancel", "cancel scheduled", "requeue failed", "requeue done"])
-def test_cancel_and_requeue_can_be_made_again(
-    directory: Path, monkeypatch: pytest.MonkeyPatch, call: str
-) -> None:
-    """One whose fsync failed raises OSError; made again it returns True, and is on disk then."""
-    call, _, state = call.partition(" ")
-    for at in itertools.count():
-        q = FemtoQueue(directory / str(at), "node", sync_after_write=True)
-        if state == "scheduled":
-            id = q.schedule(b"x", time.time_ns() // 1000 + 10**10)
-        else:
-            id = q.push(b"x")
-        if call == "requeue":
-            (q.fail if state == "failed" else q.done)(q.pop())
-        where = {path.parent for path in (directory / str(at)).rglob(f"{id}*")}
-        with pytest.MonkeyPatch.context() as patch:
-            log: list[Path | None] = []  # what was synced, and None for a change
-            count = itertools.count()
-
-            def change(real: Callable[..., None], *paths: str, log: list[Path | None] = log) -> None:
-                real(*paths)
-                log.append(None)
-
-            def sync(descriptor: int, log: list = log, count: Iterator = count, at: int = at) -> None:
-                if next(count) == at:
-                    raise OSError(errno.EIO, os.strerror(errno.EIO))
-                log.append(Path(os.readlink(f"/proc/self/fd/{descriptor}")))
-
-            for name in ("rename", "unlink"):
-                patch.setattr(os, name, functools.partial(change, getattr(os, name)))
-            patch.setattr(os, "fsync", sync)
-            try:
-                assert getattr(q, call)(id) is True
-                break  # there were fewer calls than that
-            except OSError as error:
-                assert error.errno == errno.EIO and error.filename
-            assert getattr(q, call)(id) is True
-        if call == "requeue":
-            assert q.status(id) == "pending"
-            where |= {path.parent for path in (directory / str(at)).rglob(f"{id}*")}
-        else:
-            assert q.status(id) is None
-        assert where <= {*log[len(log) - log[::-1].index(None) :]}, "not synced after the change"
-        assert getattr(q, call)(id) is False, "once was enough"
-    assert at > 0
 
 
 @durable_or_not
@@ -3288,123 +3053,7 @@ def test_purge_refuses_what_was_not_finished(directory: Path) -> None:
     assert q.counts()["pending"] == 1
 
 
-@durable_or_not
-def test_finished_tasks_need_not_be_kept(directory: Path, durable: bool) -> None:
-    """keep_done=False and keep_failed=False delete at done and fail."""
-    q = FemtoQueue(directory, "node", sync_after_write=durable, keep_done=False, keep_failed=False)
-    for finish in (q.done, q.fail):
-        q.push(b"x")
-        task = q.pop()
-        finish(task)
-        assert q.status(task.id) is None
-    assert sum(q.counts().values()) == 0
-
-
-VERDICTS = {
-    "done": lambda q, task: q.done(task),
-    "fail": lambda q, task: q.fail(task),
-    "retry": lambda q, task: q.retry(task),
-    "retry-later": lambda q, task: q.retry(task, 1_000),
-}
-
-
-@pytest.mark.parametrize("keep", [True, False], ids=["keep", "delete"])
-@pytest.mark.parametrize("second", VERDICTS)
-@pytest.mark.parametrize("first", VERDICTS)
-def test_a_task_is_finished_once(directory: Path, first: str, second: str, keep: bool) -> None:
-    """After one verdict every other, and the same one again, raises NotInProgress, each time."""
-    q = FemtoQueue(directory, "node", keep_done=keep, keep_failed=keep)
-    q.push(b"x")
-    task = q.pop()
-    VERDICTS[first](q, task)
-    before = files(directory)
-    for _ in range(2):
-        with pytest.raises(NotInProgress):
-            VERDICTS[second](q, task)
-        assert files(directory) == before
-
-
-@pytest.mark.parametrize("keep", [True, False], ids=["keep", "delete"])
-@pytest.mark.parametrize("verdict", VERDICTS)
-def test_a_lost_claim_has_no_verdict(directory: Path, clock: Time, verdict: str, keep: bool) -> None:
-    """Whose lease ran out gets NotInProgress, however often he tries, and whatever the next one did."""
-    q = FemtoQueue(directory, "node", keep_done=keep, keep_failed=keep)
-    other = FemtoQueue(directory, "other", keep_done=keep, keep_failed=keep)
-    q.push(b"x")
-    lost = q.pop()
-    clock.advance(31)
-    task = other.pop()
-    for finish in (lambda: None, lambda: other.done(task)):
-        finish()
-        before = files(directory)
-        for _ in range(2):
-            with pytest.raises(NotInProgress):
-                VERDICTS[verdict](q, lost)
-            assert files(directory) == before
-
-
-def test_leftovers_of_dead_writers_are_swept_and_those_of_live_ones_are_not(
-    directory: Path, spawn: Spawn
-) -> None:
-    """A half-written file goes when its writer is dead, and only then."""
-    writer = """
-q = FemtoQueue(sys.argv[1], "writer")
-real = os.rename
-def pause(*arguments):
-    os.rename = real
-    print("written", flush=True)
-    input()
-    real(*arguments)
-os.rename = pause
-print(q.push(b"x"))
-"""
-    dead, live = spawn(writer, directory), spawn(writer, directory)
-    for process in (dead, live):
-        expect(process, "written")
-    dead.kill()
-    dead.wait()
-    (directory / "creating" / "of somebody else").write_bytes(b"")
-    assert len(names(directory, "creating")) == 3
-    q = FemtoQueue(directory, "other")
-    assert q.pop() is None
-    left = names(directory, "creating")
-    assert len(left) == 2 and f"~{live.pid}~" in left[1]
-    tell_worker(live)
-    assert q.pop(timeout=10).id == ending(live)[0].strip()
-
-
-@durable_or_not
-def test_maxsize_is_exact_for_one_producer(directory: Path, durable: bool) -> None:
-    """push raises queues.Full when maxsize tasks are pending, not before; a pop makes room."""
-    q = FemtoQueue(directory, "node", maxsize=5, sync_after_write=durable)
-    for _ in range(5):
-        q.push(b"x")
-    for push in (q.push, lambda data: q.push_many([data])):
-        with pytest.raises(queues.Full, match="5 tasks are pending"):
-            push(b"x")
-    (directory / "file").write_bytes(b"x")
-    for move in (False, True):
-        with pytest.raises(queues.Full):
-            q.push_file(directory / "file", move=move)
-    assert (directory / "file").exists()
-    assert names(directory, "creating") == []
-    q.pop()
-    q.push(b"y")
-    with pytest.raises(queues.Full):
-        q.push(b"z")
-    assert q.counts()["pending"] == 5
-
-
-@durable_or_not
-def test_maxsize_holds_for_push_many(directory: Path, durable: bool) -> None:
-    """A batch larger than the room raises queues.Full, and what was pushed fits and is a prefix."""
-    q = FemtoQueue(directory, "node", maxsize=5, sync_after_write=durable)
-    with pytest.raises(queues.Full):
-        q.push_many(b"%d" % n for n in range(20))
-    pushed = payloads(q)
-    assert len(pushed) <= 5
-    assert pushed == [b"%d" % n for n in range(len(pushed))]
-    assert len(q.push_many([b"x"] * 5)) == 5
+# --- join, close --------------------------------------------------------------------------------------
 
 
 def test_join_watches_until_all_is_finished(directory: Path, clock: Time) -> None:
@@ -3443,7 +3092,7 @@ def test_join_waits_for_another_process(directory: Path, spawn: Spawn) -> None:
     )
     expect(process, "begun")
     assert q.join(0) is False
-    tell_worker(process)
+    say(process)
     assert q.join(timeout=20) is True
     assert ending(process) == ("", 0)
 
@@ -3553,585 +3202,127 @@ def test_a_claim_is_not_made_behind_close(directory: Path, monkeypatch: pytest.M
     assert other.pop().attempt == 1
 
 
-# --- the command line ---------------------------------------------------------------------------------
+# --- a task, and a queue, in another process ----------------------------------------------------------
 
 
-class Shell:
-    """Runs `python femtoqueue.py DIR ...` as a user would."""
-
-    def __init__(self, directory: Path, guard: Callable[[Process], Process] = lambda p: p) -> None:
-        self.command = [sys.executable, str(MODULE), str(directory)]
-        self.guard = guard
-
-    def __call__(
-        self, *arguments: object, stdin: bytes = b"", status: int = 0, **variables: str
-    ) -> list[str]:
-        """Run a command; return the lines it printed, or if `status` is an error, its complaint."""
-        done = subprocess.run(
-            [*self.command, *map(str, arguments)],
-            input=stdin,
-            capture_output=True,
-            env=os.environ | variables,
-            timeout=60,
-            check=False,
-        )
-        complaint = done.stderr.decode()
-        assert done.returncode == status, complaint
-        assert "Traceback" not in complaint
-        if status:
-            return [*done.stdout.decode().splitlines(), complaint]
-        assert not complaint
-        return done.stdout.decode().splitlines()
-
-    def start(self, *arguments: object) -> Process:
-        """Start a command in a process group of its own, as a shell does."""
-        pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
-        command = [*self.command, *map(str, arguments)]
-        return self.guard(subprocess.Popen(command, text=True, start_new_session=True, **pipes))
-
-    def piped(self, *arguments: str, behind: str) -> subprocess.CompletedProcess[bytes]:
-        """Run a command in a real shell, with a pipe or redirection behind it."""
-        line = f"{shlex.join([*self.command, *arguments])} {behind}"
-        return subprocess.run(["sh", "-c", line], check=False, capture_output=True, timeout=30)
-
-
-@pytest.fixture
-def shell(directory: Path, guard: Callable[[Process], Process]) -> Shell:
-    return Shell(directory, guard)
-
-
-def test_cli_push_and_list(directory: Path, tmp_path: Path, shell: Shell) -> None:
-    """push takes standard input, or files; it prints ids in order, and list prints them again."""
-    (tmp_path / "a").write_bytes(b"a")
-    (tmp_path / "-b").write_bytes(b"\xff\0")
-    ids = shell("push", stdin=b"from standard input\n")
-    ids += shell("push", "--", tmp_path / "a", tmp_path / "-b")
-    assert shell("list", "pending") == ids
-    q = FemtoQueue(directory, "node")
-    assert payloads(q) == [b"from standard input\n", b"a", b"\xff\0"]
-    assert shell("list", "done") == ids
-    assert shell("list", "pending", status=1) == [""]
-
-
-def test_cli_push_streams_standard_input(directory: Path) -> None:
-    """push holds no more of its input in memory than a megabyte or two, and takes it from a pipe."""
-    peak_kb = run(
-        """
-import subprocess, threading
-megabyte = bytes(range(256)) * 4096
-read, write = os.pipe()
-def feed():
-    with os.fdopen(write, "wb") as file:
-        for _ in range(100):
-            file.write(megabyte)
-threading.Thread(target=feed).start()
-os.dup2(read, 0)
-os.close(read)
-femtoqueue.main([sys.argv[1], "push"])
-print(next(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM")))
-""",
-        directory,
-    ).split()[1]
-    assert int(peak_kb) < 40_000
-    task = FemtoQueue(directory, "node").pop()
-    assert os.path.getsize(task.path) == 100 << 20
-
-
-def test_cli_push_of_a_missing_file(tmp_path: Path, shell: Shell) -> None:
-    """A file that cannot be pushed is exit status 1; those before it were pushed, and say so."""
-    (tmp_path / "a").write_bytes(b"a")
-    id, complaint = shell("push", tmp_path / "a", tmp_path / "missing", status=1)
-    assert str(tmp_path / "missing") in complaint
-    assert shell("list", "pending") == [id]
-
-
-@pytest.mark.parametrize(
-    "arguments",
-    [
-        (),
-        ("nonsense",),
-        ("list",),
-        ("list", "creating"),
-        ("cancel",),
-        ("requeue",),
-        ("run",),
-        ("run", "--max-attempts", "0", "--", "true"),
-        ("run", "--max-attempts", "many", "--", "true"),
-        ("purge", "pending", "1d"),
-        ("purge", "done"),
-        ("purge", "done", "yesterday"),
-        ("purge", "done", "-1d"),
-        ("schedule",),
-        ("status", "--nonsense"),
-    ],
-    ids=" ".join,
-)
-def test_cli_usage_errors(shell: Shell, arguments: tuple[str, ...]) -> None:
-    """Wrong usage is exit status 2, with a hint and no traceback."""
-    shell("push", stdin=b"x")
-    *out, complaint = shell(*arguments, status=2)
-    assert out == [] and complaint.startswith("usage: ")
-
-
-@pytest.mark.parametrize("command", ["status", "list done", "cancel x", "requeue x", "purge done 1d"])
-def test_cli_looking_at_a_missing_directory(directory: Path, shell: Shell, command: str) -> None:
-    """Where there is no queue, looking says so, exits with 1, and makes nothing."""
-    *out, complaint = shell(*command.split(), status=1)
-    assert out == [] and str(directory) in complaint
-    assert not directory.exists()
-
-
-def test_cli_a_directory_that_cannot_be(tmp_path: Path) -> None:
-    """An error from the filesystem is exit status 1 and one line that names the path."""
-    (tmp_path / "file").write_bytes(b"x")
-    complaint = Shell(tmp_path / "file")("push", stdin=b"x", status=1)[-1]
-    assert str(tmp_path / "file") in complaint and complaint.count("\n") == 1
-
-
-def test_cli_status_leaves_a_directory_of_the_original_alone(directory: Path) -> None:
-    """Before a queue of the original femtoqueue is taken over, looking at it changes nothing in it."""
-    for state in ("creating", "pending", "scheduled", "done", "failed", "node-1"):
-        (directory / state).mkdir(parents=True)
-    for state in ("pending", "node-1"):
-        header = b"\x01" + bytes(7) + bytes(16)
-        (directory / state / f"1790000000000000_node-1_{state}").write_bytes(header + b"x")
-    before = tree(directory)
-    for command in ("status", "list pending", "purge done 0s"):
-        Shell(directory)(*command.split(), status=1)
-    assert tree(directory) == before
-
-
-def test_cli_status_table(directory: Path, shell: Shell) -> None:
-    """status shows each state with its count and oldest task, and each owner of tasks in progress."""
-    q = FemtoQueue(directory, "node-7")
-    q.push_many([b"1", b"2", b"3"])
-    q.pop()
-    lines = shell("status")
-    assert lines[0].split() == ["state", "count", "oldest"]
-    rows = {line.split()[0]: line.split()[1:] for line in lines[1:7]}
-    assert list(rows) == list(femtoqueue.STATES)
-    assert rows["pending"] == ["2", "0s"] and rows["in_progress"] == ["1", "0s"]
-    assert rows["done"] == ["0", "-"]
-    assert lines[7] == ""
-    assert lines[8].split() == ["node_id", "pid", "alive", "tasks", "lease_left"]
-    node_id, pid, alive, tasks, lease = lines[9].split()
-    assert (node_id, pid, alive, tasks) == ("node-7", str(os.getpid()), "yes", "1")
-    assert 25 <= int(lease.removesuffix("s")) <= 30
-    for block in (lines[:7], lines[8:]):
-        starts = {line.index(line.split()[1], len(line.split()[0])) for line in block}
-        assert len(starts) == 1, "columns are aligned"
-
-
-def test_cli_status_json(directory: Path, shell: Shell) -> None:
-    """status --json is for programs: numbers are numbers, and what is unknown is null."""
-    run("q = FemtoQueue(sys.argv[1], 'gone'); q.push(b'x'); q.pop()", directory)
-    FemtoQueue(directory, "node").schedule(b"later", time.time_ns() // 1_000 + 10**9)
-    (line,) = shell("status", "--json")
-    report = json.loads(line)
-    states = {row["state"]: row for row in report["states"]}
-    assert list(states) == list(femtoqueue.STATES)
-    assert states["in_progress"]["count"] == states["scheduled"]["count"] == 1
-    assert states["in_progress"]["oldest_s"] >= 0 > states["scheduled"]["oldest_s"]
-    assert states["done"]["oldest_s"] is None
-    (owner,) = report["owners"]
-    assert (owner["node_id"], owner["alive"], owner["tasks"]) == ("gone", "no", 1)
-    assert 20 < owner["lease_left_s"] <= 30
-
-
-def test_cli_watch_ends_at_ctrl_c(shell: Shell) -> None:
-    """status --watch repeats itself; Ctrl-C ends it as it ends other tools: by the signal, quietly."""
-    shell("push", stdin=b"x")
-    process = shell.start("status", "--watch")
-    expect(process, "state        count  oldest")
-    os.killpg(process.pid, signal.SIGINT)
-    out, status = ending(process)
-    assert status == -signal.SIGINT and "Traceback" not in out and "KeyboardInterrupt" not in out
-
-
-def test_cli_list_into_head_is_quiet(directory: Path, shell: Shell) -> None:
-    """A reader that has seen enough ends the command without a word."""
-    FemtoQueue(directory, "node")
-    for n in range(3_000):
-        (directory / "done" / f"{n:016d}_{'x' * 100}").touch()
-    done = shell.piped("list", "done", behind="| head -1")
-    assert (done.returncode, done.stderr) == (0, b"")
-    assert done.stdout == b"0000000000000000_" + b"x" * 100 + b"\n"
-
-
-@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="there is no /dev/full")
-def test_cli_a_full_disk_behind_standard_output_is_an_error(shell: Shell) -> None:
-    """What could not be printed is exit status 1, not silence."""
-    shell("push", stdin=b"x")
-    done = shell.piped("list", "pending", behind="> /dev/full")
-    assert done.returncode == 1
-    assert b"No space left" in done.stderr and b"Traceback" not in done.stderr
-
-
-@pytest.mark.parametrize("command", ["push", "schedule +1m"])
-def test_cli_closed_standard_input(directory: Path, shell: Shell, command: str) -> None:
-    """Without a standard input, push and schedule fail with one line, and push no task."""
-    done = shell.piped(*command.split(), behind="<&-")
-    assert done.returncode == 1
-    assert done.stderr.startswith(b"femtoqueue: ") and done.stderr.count(b"\n") == 1
-    assert FemtoQueue(directory, "node").join(0)
-
-
-@pytest.mark.parametrize(
-    "when, due",
-    [
-        ("+90s", 90),
-        ("+10m", 600),
-        ("+1.5h", 5_400),
-        ("+2d", 172_800),
-        ("2030-01-01T12:00:00Z", 1_893_499_200.0),
-        ("2030-01-01T12:00:00+02:00", 1_893_492_000.0),
-        ("2030-01-01 12:00", 1_893_517_200.0),
-        ("2030-07-01", 1_909_108_800.0),
-        ("2030-01-01Z", 1_893_456_000.0),
-    ],
-)
-def test_cli_schedule(directory: Path, shell: Shell, when: str, due: float) -> None:
-    """WHEN is a wait, or an ISO time: of its own zone, UTC for Z, or local, summer time included."""
-    before = time.time()
-    (id,) = shell("schedule", when, stdin=b"x", TZ="EST5EDT,M3.2.0,M11.1.0")
-    assert shell("list", "scheduled") == [id]
-    due_s = int(names(directory, "scheduled")[0][-16:]) / 1e6
-    if isinstance(due, float):
-        assert due_s == due
+@pytest.mark.parametrize("size", [1, (1 << 20) + 1])
+@pytest.mark.parametrize("call", ["done", "fail", "retry", "touch"])
+def test_finished_in_another_process(directory: Path, clock: Time, call: str, size: int) -> None:
+    """A task can be pickled and finished from another process, though it was touched meanwhile."""
+    payload = b"x" * size
+    queue = FemtoQueue(directory, "a")
+    id = queue.push(payload)
+    task = queue.pop()
+    assert task
+    copy = pickle.dumps(task)
+    clock.advance(10)
+    queue.touch(task)
+    code = """
+import pickle
+task = pickle.loads(bytes.fromhex(sys.argv[3]))
+assert task.data == b"x" * int(sys.argv[4])
+getattr(FemtoQueue(sys.argv[1], "b"), sys.argv[2])(task)
+"""
+    run(code, directory, call, copy.hex() if size == 1 else pickle.dumps(task).hex(), size)
+    after = {"done": "done", "fail": "failed", "retry": "pending", "touch": "in_progress"}
+    assert queue.status(id) == after[call]
+    if call == "touch":
+        assert task.data == payload
+        queue.done(task)
     else:
-        assert before + due - 0.001 <= due_s <= time.time() + due
+        with pytest.raises(NotInProgress):
+            queue.done(task)
 
 
-NONSENSE = """tomorrow + +m +10 +10x +-1m +nans +infd +1e300d +1e15d 1 1790000000
-    2030-13-01 2030-01-01T25:00 Z"""
+def test_pickled_queue(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A pickled queue has its settings, and is the same queue wherever it is unpickled."""
+    monkeypatch.chdir(directory.parent)
+    queue = FemtoQueue(directory.name, "a", 5_000, max_attempts=3, keep_done=False, maxsize=7)
+    queue.push(b"x")
+    (directory.parent / "elsewhere").mkdir()
+    os.chdir(directory.parent / "elsewhere")
+    again = pickle.loads(pickle.dumps(queue))
+    settings = ("node_id", "timeout_stale_ms", "max_attempts", "keep_done", "keep_failed", "maxsize")
+    assert all(getattr(again, name) == getattr(queue, name) for name in settings)
+    assert drained(again) == [b"x"]
 
 
-@pytest.mark.parametrize(
-    "when, zone",
-    [
-        *((when, "UTC") for when in ("", *NONSENSE.split())),
-        *itertools.product(["0001-01-01", "9999-12-31T23:59:59+00:00"], ["JST-9", "EST5"]),
-        ("9999-12-31T23:59:59", "EST5"),
-    ],
-)
-def test_cli_schedule_nonsense(directory: Path, shell: Shell, when: str, zone: str) -> None:
-    """A WHEN that is none is exit status 2, in every time zone, and no task."""
-    assert shell("schedule", when, stdin=b"x", status=2, TZ=zone)[-1].startswith("usage: ")
-    assert files(directory) == []
+# --- bad arguments ------------------------------------------------------------------------------------
 
-
-def test_cli_cancel_and_requeue(directory: Path, shell: Shell) -> None:
-    """Each id is tried; exit status 1 says that of one or more nothing could be done, and of which."""
-    q = FemtoQueue(directory, "node")
-    ids = q.push_many([b"1", b"2", b"3"])
-    assert shell("cancel", ids[0]) == []
-    complaint = shell("cancel", ids[0], ids[1], "../x", status=1)[-1]
-    assert complaint == "".join(
-        f"femtoqueue: {id} is not pending or scheduled\n" for id in (ids[0], "../x")
-    )
-    q.fail(q.pop())
-    assert shell("requeue", ids[2]) == []
-    assert q.status(ids[2]) == "pending"
-    assert ids[2] in shell("requeue", ids[2], status=1)[-1]
-    assert list(q.ids("pending")) == [ids[2]]
-
-
-def test_cli_purge(directory: Path, shell: Shell) -> None:
-    """purge prints how many it deleted; none is exit status 1."""
-    q = FemtoQueue(directory, "node")
-    q.push_many([b"1", b"2"])
-    payloads(q)
-    assert shell("purge", "done", "1h", status=1)[0] == "0"
-    assert shell("purge", "done", "0s") == ["2"]
-    assert shell("purge", "done", "0s", status=1)[0] == "0"
-
-
-def test_cli_run_hands_each_payload_to_a_command(directory: Path, shell: Shell) -> None:
-    """run gives the payload on standard input, and id, attempt and path in the environment."""
-    payload = bytes(range(256)) * 10_000
-    (id,) = shell("push", stdin=payload)
-    script = 'echo "$1 $FEMTOQUEUE_ID $FEMTOQUEUE_ATTEMPT"; cat >in; cat "$FEMTOQUEUE_PATH" >path'
-    script = f"cd {shlex.quote(str(directory.parent))}; {script}"
-    assert shell("run", "--until-empty", "--", "sh", "-c", script, "--", "-- x") == [f"-- x {id} 1"]
-    assert (directory.parent / "in").read_bytes() == payload
-    assert (directory.parent / "path").read_bytes() == payload
-    assert shell("list", "done") == [id]
-    assert shell("run", "--until-empty", "--", "true", status=1) == [""]
-
-
-def test_cli_run_keeps_the_double_dash_of_the_command(shell: Shell) -> None:
-    """Only the first -- is ours: what follows is the command's own, options and all."""
-    shell("push", stdin=b"-x\n")
-    assert shell("run", "--until-empty", "--", "grep", "--", "-x") == ["-x"]
-
-
-def test_cli_run_takes_the_exit_status_as_the_verdict(directory: Path, shell: Shell) -> None:
-    """0 is done; anything else, a signal and a missing command too, is retried, after a delay."""
-    verdicts = {b"true": "done", b"exit 3": "scheduled", b"kill -9 $$": "scheduled"}
-    ids = [shell("push", stdin=script)[0] for script in verdicts]
-    out, status = ending(shell.start("run", "--until-empty", "--", "sh"))
-    q = FemtoQueue(directory, "node")
-    assert [q.status(id) for id in ids] == list(verdicts.values())
-    assert status == 0
-    lines = out.splitlines()
-    assert len(lines) == 2 and all(line.startswith("femtoqueue: ") for line in lines)
-    assert ids[1] in lines[0] and "exit status 3" in lines[0]
-
-
-def test_cli_run_of_a_missing_command_is_wrong_usage(directory: Path, shell: Shell) -> None:
-    """A typo in the command is told at once: no task loses an attempt by it."""
-    shell("push", stdin=b"x")
-    assert "no-such-command" in shell("run", "--", "no-such-command", status=2)[-1]
-    assert FemtoQueue(directory, "node").pop().attempt == 1
-
-
-def test_cli_run_max_attempts(directory: Path, shell: Shell) -> None:
-    """--max-attempts N: the Nth failure is the last."""
-    (id,) = shell("push", stdin=b"x")
-    complaint = shell("run", "--until-empty", "--max-attempts", "1", "--", "false", status=1)[-1]
-    assert id in complaint
-    assert shell("list", "failed") == [id]
-
-
-def test_cli_run_path_outlives_a_renewed_lease(directory: Path, tmp_path: Path, shell: Shell) -> None:
-    """FEMTOQUEUE_PATH opens the payload even after the claim was renamed by a touch."""
-    (id,) = shell("push", stdin=b"payload")
-    os.mkfifo(tmp_path / "go")
-    script = 'echo begun; cat "$1" "$FEMTOQUEUE_PATH"'
-    process = shell.start("run", "--until-empty", "--", "sh", "-c", script, "-", tmp_path / "go")
-    expect(process, "begun")
-    (claim,) = (directory / "in_progress").rglob(f"{id}*")
-    FemtoQueue(directory, "node").touch(FemtoTask(id, b"", 1, str(claim)))
-    assert not claim.exists()
-    (tmp_path / "go").write_text("renewed ")
-    assert ending(process) == ("renewed payload", 0)
-    assert shell("list", "done") == [id]
-
-
-def test_cli_run_of_a_task_of_the_original(directory: Path, shell: Shell) -> None:
-    """Its payload alone is on standard input, in FEMTOQUEUE_PATH and in done/: no header."""
-    FemtoQueue(directory, "node")
-    path = Original.put(directory / "pending", 1_700_000_000_000_000, b"payload")
-    lines = shell("run", "--until-empty", "--", "sh", "-c", 'cat; echo; cat "$FEMTOQUEUE_PATH"')
-    assert lines == ["payload", "payload"]
-    assert (directory / "done" / path.name).read_bytes() == b"payload"
-
-
-@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
-def test_cli_ctrl_c_lets_the_command_finish(tmp_path: Path, shell: Shell, name: str) -> None:
-    """Ctrl-C, SIGTERM and a terminal that is closed end run after the command in hand."""
-    ids = [shell("push", stdin=b"x")[0], shell("push", stdin=b"y")[0]]
-    os.mkfifo(tmp_path / "go")
-    process = shell.start("run", "--", "sh", "-c", 'echo begun; cat "$1"', "-", tmp_path / "go")
-    expect(process, "begun")
-    os.killpg(process.pid, getattr(signal, name))
-    (tmp_path / "go").write_text("finished")
-    assert ending(process) == ("finished", 0)
-    assert shell("list", "done") == ids[:1]
-    assert shell("list", "pending") == ids[1:]
-
-
-def test_cli_run_under_nohup_outlives_the_terminal(tmp_path: Path, shell: Shell) -> None:
-    """Where SIGHUP is ignored, as nohup arranges it, it is not heeded."""
-    ids = [shell("push", stdin=b"x")[0], shell("push", stdin=b"y")[0]]
-    os.mkfifo(tmp_path / "go")
-    shell.command[:0] = ["env", "--ignore-signal=HUP"]
-    command = ("run", "--until-empty", "--", "sh", "-c", 'echo begun; cat "$1"', "-", tmp_path / "go")
-    process = shell.start(*command)
-    for answer in ("begun", "finished begun"):
-        expect(process, answer)
-        os.killpg(process.pid, signal.SIGHUP)
-        (tmp_path / "go").write_text("finished ")
-    assert ending(process) == ("finished ", 0)
-    assert shell("list", "done") == ids
-
-
-def test_cli_a_second_ctrl_c_ends_the_command(shell: Shell) -> None:
-    """A second Ctrl-C kills the command and its children, gives the task back, ends by the signal."""
-    (id,) = shell("push", stdin=b"x")
-    # Both children hold standard output: its end is theirs.
-    process = shell.start("run", "--", "sh", "-c", "sleep 60 & echo begun; sleep 60")
-    expect(process, "begun")
-    while process.poll() is None:
-        os.killpg(process.pid, signal.SIGINT)  # one that comes too soon after another is the same
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(0.1)
-    assert ending(process) == ("", -signal.SIGINT)
-    assert shell("list", "pending") == [id]
-
-
-def test_the_module_imports_little() -> None:
-    """import femtoqueue costs 15 ms: what only the command line or a warning needs is left out."""
-    path = f"sys.path.insert(0, {str(MODULE.parent)!r})"
-    code = f"import sys; {path}; import femtoqueue; print(*sys.modules)"
-    done = subprocess.run([sys.executable, "-I", "-S", "-c", code], capture_output=True, check=True)
-    costly = {"argparse", "logging", "typing", "dataclasses", "re", "datetime", "json", "hashlib"}
-    costly |= {"subprocess", "signal", "queue", "inspect", "tempfile", "enum", "random", "uuid"}
-    assert not costly & set(done.stdout.decode().split())
-
-
-# --- the recipes --------------------------------------------------------------------------------------
-
-
-def blocks(path: Path) -> Iterator[tuple[str, str, str]]:
-    """Heading, language and text of each fenced block of a Markdown file."""
-    heading = ""
-    lines = iter(path.read_text().splitlines(keepends=True))
-    for line in lines:
-        if line.startswith("#"):
-            heading = line.strip("# \n")
-        if fence := re.match(r"( *)```(\w+)", line):
-            indent = len(fence[1])
-            text = [line[indent:] for line in iter(lambda: next(lines), fence[1] + "```\n")]
-            yield heading, fence[2], "".join(text)
-
-
-BLOCKS = [
-    pytest.param(lang, text, id=f"{heading}-{lang}")
-    for heading, lang, text in blocks(README)
-    if lang != "mermaid"
+Call = Callable[[FemtoQueue, FemtoTask], object]
+BAD_CALLS: list[tuple[str, type[Exception], Call]] = [
+    (r"data.*\.encode\(\)", TypeError, lambda q, t: q.push("text")),
+    ("data", TypeError, lambda q, t: q.push(5)),
+    ("data", TypeError, lambda q, t: q.push(None)),
+    ("data", TypeError, lambda q, t: q.push([1])),
+    ("items", TypeError, lambda q, t: q.push_many(b"one")),
+    ("items", TypeError, lambda q, t: q.push_many("one")),
+    ("items", TypeError, lambda q, t: q.push_many(5)),
+    (r"\.encode\(\)", TypeError, lambda q, t: q.push_many(["text"])),
+    ("path", TypeError, lambda q, t: q.push_file(5.0)),
+    ("path", ValueError, lambda q, t: q.push_file(q.data_dir)),
+    ("nowhere", FileNotFoundError, lambda q, t: q.push_file("/nowhere")),
+    (r"data.*\.encode\(\)", TypeError, lambda q, t: q.schedule("text", NOW_US)),
+    ("time_us", TypeError, lambda q, t: q.schedule(b"", 1.8e15)),
+    ("time_us", TypeError, lambda q, t: q.schedule(b"", "tomorrow")),
+    ("time_us", TypeError, lambda q, t: q.schedule(b"", None)),
+    ("time_us", TypeError, lambda q, t: q.schedule(b"", datetime.date(2027, 1, 1))),
+    ("time_us", TypeError, lambda q, t: q.schedule(b"", datetime.time(tzinfo=datetime.timezone.utc))),
+    ("time_us", ValueError, lambda q, t: q.schedule(b"", datetime.datetime(2027, 1, 1))),
+    ("time_us", ValueError, lambda q, t: q.schedule(b"", NOW_US // 1_000_000)),
+    ("time_us", ValueError, lambda q, t: q.schedule(b"", NOW_US // 1_000)),
+    ("time_us", ValueError, lambda q, t: q.schedule(b"", NOW_US * 1_000)),
+    ("time_us", ValueError, lambda q, t: q.schedule(b"", -NOW_US)),
+    ("timeout", ValueError, lambda q, t: q.pop(-1)),
+    ("timeout", ValueError, lambda q, t: q.pop(-0.001)),
+    ("timeout", ValueError, lambda q, t: q.pop(NAN)),
+    ("timeout", TypeError, lambda q, t: q.pop("5")),
+    ("timeout", TypeError, lambda q, t: q.pop("")),
+    ("timeout", TypeError, lambda q, t: q.pop(True)),
+    ("task", TypeError, lambda q, t: q.done(t.id)),
+    ("task", TypeError, lambda q, t: q.done(None)),
+    ("task", TypeError, lambda q, t: q.fail(t.id)),
+    ("task", TypeError, lambda q, t: q.retry(t.id)),
+    ("task", TypeError, lambda q, t: q.touch(None)),
+    ("delay_ms", ValueError, lambda q, t: q.retry(t, -1)),
+    ("delay_ms", ValueError, lambda q, t: q.retry(t, NAN)),
+    ("delay_ms", TypeError, lambda q, t: q.retry(t, "5")),
+    ("handler", TypeError, lambda q, t: q.run(None, until_empty=True)),
+    ("id", TypeError, lambda q, t: q.status(5)),
+    ("id", TypeError, lambda q, t: q.status(t)),
+    ("id", TypeError, lambda q, t: q.cancel(None)),
+    ("id", TypeError, lambda q, t: q.requeue(b"x")),
+    ("state", ValueError, lambda q, t: q.ids("creating")),
+    ("state", ValueError, lambda q, t: q.ids("../..")),
+    ("state", ValueError, lambda q, t: q.purge("pending", 0)),
+    ("state", ValueError, lambda q, t: q.purge("in_progress", 0)),
+    ("older_than_s", ValueError, lambda q, t: q.purge("done", -1)),
+    ("older_than_s", ValueError, lambda q, t: q.purge("done", NAN)),
+    ("older_than_s", TypeError, lambda q, t: q.purge("done", "1d")),
+    ("timeout", ValueError, lambda q, t: q.join(-1)),
+    ("timeout", ValueError, lambda q, t: q.join(NAN)),
+    ("timeout", TypeError, lambda q, t: q.join("5")),
 ]
 
 
-@pytest.fixture
-def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A project as the recipes assume it: femtoqueue.py copied there, the script installed."""
-    shutil.copy(MODULE, tmp_path)
-    (tmp_path / "bin").mkdir()
-    for name, command in {
-        "python3": f'exec {sys.executable} "$@"',
-        "femtoqueue": f'exec {sys.executable} {tmp_path}/femtoqueue.py "$@"',
-        "../handle": "cat >> handled",
-    }.items():
-        (tmp_path / "bin" / name).write_text(f"#!/bin/sh\n{command}\n")
-        (tmp_path / "bin" / name).chmod(0o755)
-    monkeypatch.setenv("PATH", f"{tmp_path}/bin:{os.environ['PATH']}")
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
-
-
-@pytest.mark.parametrize("language, text", BLOCKS)
-def test_recipe(project: Path, language: str, text: str) -> None:
-    """Every recipe runs as it stands, and has nothing to complain about."""
-    if language == "python":
-        (project / "recipe.py").write_text(text)
-        command = [sys.executable, "recipe.py"]
-    elif language == "sh":
-        command = ["sh", "-eu", "-c", text]
-    elif language == "crontab":
-        FemtoQueue("queue", "node").push(b"payload\n")
-        job = text.split(maxsplit=5)[5].replace("/srv/myapp", str(project))
-        command = ["sh", "-c", job]
-    elif language == "ini":
-        return run_unit(project, text)
-    else:
-        pytest.fail(f"nothing here runs {language}")
-    done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=60)
-    assert (done.returncode, done.stderr) == (0, "")
-    if language == "crontab":
-        assert (project / "handled").read_text() == "payload\n"
-    return None
-
-
-def run_unit(project: Path, unit: str) -> None:
-    """Do what systemd does with a service: start it, and stop it by SIGTERM to the main process."""
-    settings = dict(line.split("=", 1) for line in unit.splitlines() if "=" in line)
-    assert settings["WorkingDirectory"] == "/srv/myapp" and settings["KillMode"] == "mixed"
-    q = FemtoQueue("queue", "node")
-    q.push(b"payload\n")
-    program, *arguments = shlex.split(settings["ExecStart"])
-    with subprocess.Popen([os.path.basename(program), *arguments]) as process:
-        assert q.join(timeout=20)
-        process.terminate()
-        assert process.wait(20) == 0
-    assert (project / "handled").read_text() == "payload\n"
-
-
-def test_the_tables_name_calls_that_exist() -> None:
-    """Whatever the recipes call on q, or give to FemtoQueue by name, is there."""
-    text = README.read_text()
-    called = set(re.findall(r"\bq\.(\w+)", text))
-    assert len(called) > 10
-    assert not [name for name in called if not hasattr(FemtoQueue, name)]
-    states = set(re.findall(r"(?:ids|purge|counts\(\))[(\[]\"(\w+)\"", text))
-    assert states and states <= set(femtoqueue.STATES)
+@pytest.mark.parametrize(("message", "error", "call"), BAD_CALLS)
+def test_bad_arguments(
+    directory: Path, queue: FemtoQueue, message: str, error: type[Exception], call: Call
+) -> None:
+    """A bad argument gets its error at the call, which names it, and nothing has changed."""
+    task = queue.pop()
+    assert task
+    before = snapshot(directory)
+    with pytest.raises(error, match=message):
+        call(queue, task)
+    assert snapshot(directory) == before
 
 
 # ====================================================================================================
-# Proof: kills, faults, power cuts, many processes, hostile directories
+# The promises
 # ====================================================================================================
 
-# --- figures ------------------------------------------------------------------------------------------
-
-FIGURES: dict[str, collections.Counter[str]] = {}
-
-
-def figure(promise: str, **counts: int) -> None:
-    """Add to the figures that are shown when all tests have run."""
-    FIGURES.setdefault(promise, collections.Counter()).update(
-        {name.replace("_", " "): count for name, count in counts.items()}
-    )
-
-
-@pytest.fixture(scope="session", autouse=True)
-def _show_figures(request: pytest.FixtureRequest) -> Iterator[None]:
-    yield
-    with request.config.pluginmanager.getplugin("capturemanager").global_and_fixture_disabled():
-        for promise, counts in FIGURES.items():
-            figures = ", ".join(f"{count:,} {name}" for name, count in counts.items())
-            print(f"\n{promise}: {figures}", end="")
-
-
-# --- a place where hundreds of queues are made and broken ---------------------------------------------
-
-SHM = Path("/dev/shm")
-LONG_MS = 10**12  # a lease that never runs out: what comes back is judged dead
-HOUR_US = 3_600_000_000
-
-
-@pytest.fixture
-def scratch(tmp_path: Path) -> Iterator[Path]:
-    """An empty directory, in memory where that can be had."""
-    if not (SHM.is_dir() and os.access(SHM, os.W_OK)):
-        yield tmp_path
-        return
-    path = Path(tempfile.mkdtemp(prefix="femtoqueue-test-", dir=SHM))
-    yield path
-    shutil.rmtree(path)
-
-
-HOOKED = (
-    *("open", "read", "write", "close", "fsync", "fstat", "lseek", "posix_fadvise", "stat", "lstat"),
-    *("rename", "link", "unlink", "mkdir", "rmdir", "scandir"),
-)
-REAL = {name: getattr(os, name) for name in HOOKED}
-
-
-class Steps:
-    """Counts the filesystem calls of a block; from call `at` on, `meet` stands in for them."""
-
-    def __init__(self, at: int, meet: Callable[..., Any], once: bool = True) -> None:
-        self.at = at
-        self.meet = meet
-        self.once = once
-        self.count = 0
-        self.met = ""
-
-    def __enter__(self) -> Steps:
-        for name in HOOKED:
-            setattr(os, name, functools.partial(self._step, name))
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        for name, call in REAL.items():
-            setattr(os, name, call)
-
-    def _step(self, name: str, *args: Any, **kwargs: Any) -> Any:
-        self.count += 1
-        if self.count == self.at or (self.count > self.at and not self.once):
-            self.met = self.met or name
-            return self.meet(name, *args, **kwargs)
-        return REAL[name](*args, **kwargs)
+# --- the calls that are killed and failed at every step -----------------------------------------------
 
 
 def kill_now(name: str, *args: object, **kwargs: object) -> None:
@@ -4197,8 +3388,6 @@ def audit(directory: Path, clock: Time, allowed: dict[bytes, set[str]]) -> None:
     other = {name for name in os.listdir(directory) if not name.startswith("clock-")}
     assert other - {EMPTIED} == {*STATES, "creating"}, f"left over: {other}"
 
-
-# --- the calls that are killed and failed at every step -----------------------------------------------
 
 # Payload -> what becomes of it in a world in which nothing more happens.
 WORLD = {
@@ -4542,26 +3731,6 @@ def case_close(stage: Stage) -> Callable[[], object]:
     return stage.queue.close
 
 
-def in_child(work: Callable[[], object]) -> tuple[int, str]:
-    """Do `work` in a forked process; return its wait status and, if it raised, the traceback."""
-    read_end, write_end = os.pipe()
-    pid = os.fork()
-    if not pid:
-        status = 1
-        try:
-            work()
-            status = 0
-        except BaseException:
-            os.write(write_end, traceback.format_exc().encode())
-        finally:
-            os._exit(status)
-    os.close(write_end)
-    with open(read_end) as pipe:
-        text = pipe.read()
-    return os.waitpid(pid, 0)[1], text
-
-
-both = pytest.mark.parametrize("durable", [False, True], ids=["fast", "durable"])
 each_case = pytest.mark.parametrize("name", list(CASES))
 
 
@@ -4577,7 +3746,446 @@ def check_source(name: str, directory: Path, returned: bool, error: bool = False
         assert any(there) and (source.exists() or "move" in name)
 
 
-@both
+# --- 1 and 2: whole, one claimant at a time, at least once and after done never again -----------------
+
+
+class Journal:
+    """What a process says about itself before it is killed: one line in one write."""
+
+    def __init__(self, path: Path) -> None:
+        self.descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+
+    def __call__(self, *words: object) -> None:
+        os.write(self.descriptor, (" ".join(map(str, words)) + "\n").encode())
+
+
+class Crowd:
+    """Producers and workers on one queue, some of which are killed or stopped now and then."""
+
+    LEASE_MS = 300
+    PRODUCERS, WORKERS = 2, 4
+
+    def __init__(self, directory: Path, chance: random.Random) -> None:
+        self.directory = directory
+        self.chance = chance
+        self.journal = directory.with_name("journal")
+        self.no_more = directory.with_name("no-more")
+        self.roles: dict[int, Callable[[int], None]] = {}  # PID -> what it is
+        self.stopped: dict[int, float] = {}  # PID -> when it shall go on
+        self.disturbed: set[int] = set()
+        self.kills = self.stops = self.started = 0
+        FemtoQueue(directory, "parent").close()
+
+    def produce(self, number: int) -> None:
+        queue = FemtoQueue(self.directory, f"producer-{number}", maxsize=200)
+        say = Journal(self.journal)
+        for i in itertools.count():
+            if self.no_more.exists():
+                return
+            say("try", f"{number}.{i}")
+            while True:
+                try:
+                    queue.push(f"{number}.{i}".encode())
+                    break
+                except Full:
+                    time.sleep(0.002)
+            say("acknowledged", f"{number}.{i}")
+
+    def consume(self, number: int) -> None:
+        queue = FemtoQueue(self.directory, "worker", self.LEASE_MS)
+        say = Journal(self.journal)
+        while (task := queue.pop(timeout=0.2)) or not self.no_more.exists():
+            if task:
+                say("got", task.data.decode(), task.attempt, os.getpid())
+                time.sleep(0.0005)
+                try:
+                    queue.done(task)
+                    say("done", task.data.decode(), task.attempt)
+                except NotInProgress:
+                    say("robbed", task.data.decode(), task.attempt, os.getpid())
+
+    def start(self, role: Callable[[int], None]) -> None:
+        self.started += 1
+        self.roles[forked(functools.partial(role, self.started))] = role
+
+    def kill(self, pid: int) -> None:
+        os.kill(pid, signal.SIGKILL)
+        role = self.roles.pop(pid)
+        assert os.WTERMSIG(os.waitpid(pid, 0)[1]) == signal.SIGKILL, "it had ended by itself"
+        self.disturbed.add(pid)
+        self.kills += 1
+        self.start(role)
+
+    def run(self, seconds: float) -> None:
+        for role, count in ((self.produce, self.PRODUCERS), (self.consume, self.WORKERS)):
+            for _ in range(count):
+                self.start(role)
+        end = time.monotonic() + seconds
+        while (now := time.monotonic()) < end or "robbed" not in self.journal.read_text():
+            assert now < end + 30, "nobody was stopped for longer than the lease with a task in hand"
+            for pid in [pid for pid, until in self.stopped.items() if until <= now]:
+                os.kill(pid, signal.SIGCONT)
+                del self.stopped[pid]
+            pid = self.chance.choice(sorted(self.roles.keys() - self.stopped.keys()))
+            if self.chance.random() < 0.5:
+                self.kill(pid)
+            elif len(self.stopped) < 3:
+                os.kill(pid, signal.SIGSTOP)
+                self.disturbed.add(pid)
+                self.stopped[pid] = now + self.chance.uniform(1, 6) * self.LEASE_MS / 1_000
+                self.stops += 1
+            time.sleep(self.chance.uniform(0.02, 0.12))
+        for pid in self.stopped:
+            os.kill(pid, signal.SIGCONT)
+        self.no_more.touch()
+        while self.roles:
+            pid = next(iter(self.roles))
+            status = os.waitpid(pid, 0)[1]
+            del self.roles[pid]
+            assert status == 0, "a process that was not killed failed"
+
+    def clear(self) -> None:
+        """Leave nobody behind, however the test ended."""
+        for pid in self.roles:
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+
+
+def test_many_processes_many_kills(scratch: Path) -> None:
+    """Nothing acknowledged is lost, nothing invented; only a kill or a stop makes a duplicate."""
+    crowd = Crowd(scratch / "queue", random.Random(7))
+    try:
+        crowd.run(seconds=7)
+    finally:
+        crowd.clear()
+    queue = FemtoQueue(crowd.directory, "worker")
+    say = Journal(crowd.journal)
+    while task := queue.pop():
+        say("got", task.data.decode(), task.attempt, os.getpid())
+        queue.done(task)
+        say("done", task.data.decode(), task.attempt)
+    assert not any(queue.counts()[state] for state in STATES if state != "done")
+
+    lines = [line.split() for line in crowd.journal.read_text().splitlines()]
+    words = {kind: [line[1:] for line in lines if line[0] == kind] for kind in ("try", "acknowledged")}
+    tried = {name for (name,) in words["try"]}
+    acknowledged = {name for (name,) in words["acknowledged"]}
+    got: dict[str, dict[int, int]] = {}  # name -> attempt -> PID
+    finished: dict[str, int] = {}
+    for kind, name, *rest in lines:
+        if kind == "got":
+            attempt, pid = map(int, rest)
+            assert attempt not in got.setdefault(name, {}), "one attempt was delivered twice"
+            got[name][attempt] = pid
+        elif kind == "done":
+            assert name not in finished, "done twice"
+            finished[name] = int(rest[0])
+    robbed = sum(line[0] == "robbed" for line in lines)
+    duplicated = {name for name, attempts in got.items() if len(attempts) > 1}
+    figure(
+        "many processes",
+        processes=crowd.started,
+        kills=crowd.kills,
+        stops=crowd.stops,
+        tasks_acknowledged=len(acknowledged),
+        delivered=len(got),
+        lost=len(acknowledged - {*got}),
+        unexpected=len({*got} - tried),
+        duplicated=len(duplicated),
+        robbed_while_stopped=robbed,
+    )
+    assert acknowledged <= {*got}, "lost"
+    assert {*got} <= tried, "unexpected"
+    assert queue.counts()["done"] == len(got)
+    for name, attempts in got.items():
+        last = finished.get(name, max(attempts))
+        assert last == max(attempts), f"{name} was delivered after it was done"
+        for attempt in sorted(attempts)[:-1]:
+            assert attempts[attempt] in crowd.disturbed, f"{name} was taken from an undisturbed worker"
+    assert len(acknowledged) > 1_000
+    assert duplicated
+    assert crowd.kills > 10
+    assert crowd.stops > 10
+
+
+@dataclasses.dataclass
+class Expected:
+    """What the model knows of a task."""
+
+    payload: bytes
+    state: str
+    used: int = 0  # deliveries
+    due_s: float = 0
+    owner: int | None = None  # which queue object's claim it is; None: an owner that is gone
+    deadline_s: float = 0
+
+
+class Model(RuleBasedStateMachine):
+    """Three queue objects on one directory do as a plain list of tasks says, whatever happens."""
+
+    LEASE_S = 30
+    COUNT = 3
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patch = pytest.MonkeyPatch()
+        self.clock = Time()
+        self.patch.setattr(time, "time", lambda: self.clock.wall)
+        self.patch.setattr(time, "monotonic", lambda: self.clock.boot)
+        self.patch.setattr(time, "sleep", self.clock.advance)
+        self.directory = Path(
+            tempfile.mkdtemp(prefix="femtoqueue-test-", dir=SHM if SHM.is_dir() else None)
+        )
+        self.queues: list[FemtoQueue | None] = [self.new_queue() for _ in range(self.COUNT)]
+        self.tasks: dict[str, Expected] = {}
+        self.claims: dict[str, list[FemtoTask]] = {}  # every delivery there ever was
+        self.pushes: list[str] = []
+        self.company = False  # may it look as if other processes were at work?
+        figure("model", runs=1)
+
+    def teardown(self) -> None:
+        try:
+            self.drain()
+        finally:
+            self.queues.clear()
+            self.patch.undo()
+            shutil.rmtree(self.directory)
+
+    def new_queue(self) -> FemtoQueue:
+        return FemtoQueue(self.directory, "a", self.LEASE_S * 1_000)
+
+    def queue(self, number: int) -> FemtoQueue:
+        queue = self.queues[number]
+        assert queue is not None
+        return queue
+
+    def in_state(self, *states: str) -> list[str]:
+        return sorted(id for id, task in self.tasks.items() if task.state in states)
+
+    def comes_back(self, task: Expected) -> bool:
+        """Does a pop that looks make this one pending?"""
+        if task.state == "scheduled":
+            return task.due_s <= self.clock.wall
+        gone = task.owner is None or task.deadline_s < self.clock.boot
+        return task.state == "in_progress" and gone
+
+    def come_back(self) -> None:
+        for task in self.tasks.values():
+            if self.comes_back(task):
+                task.state = "pending"
+
+    @initialize(company=st.booleans())
+    def begin(self, company: bool) -> None:
+        self.company = company
+        self.push(0, [10] * 6)
+        self.pop([0, 1, 2, 0], at_once=True)
+
+    numbers = st.integers(0, COUNT - 1)
+    choice = st.randoms(use_true_random=False)
+
+    @rule(number=numbers, sizes=st.lists(st.sampled_from([0, 10, 70_000]), min_size=1, max_size=4))
+    def push(self, number: int, sizes: list[int]) -> None:
+        for size in sizes:
+            payload = b"%d " % len(self.tasks) + b"x" * size
+            id = self.queue(number).push(payload)
+            assert id not in self.tasks
+            assert all(id > other for other in self.pushes[-1:]), "not in the order of the pushes"
+            self.pushes.append(id)
+            self.tasks[id] = Expected(payload, "pending")
+
+    @rule(number=numbers, delay_s=st.sampled_from([-5, 0, 0.5, 20, 20, 900, 90_000]))
+    def schedule(self, number: int, delay_s: float) -> None:
+        payload = b"%d" % len(self.tasks)
+        due_us = int((self.clock.wall + delay_s) * 1e6)
+        id = self.queue(number).schedule(payload, due_us)
+        assert id not in self.tasks
+        self.tasks[id] = Expected(payload, "scheduled", due_s=due_us / 1e6)
+
+    @rule(numbers=st.lists(numbers, min_size=1, max_size=4), at_once=st.booleans())
+    def pop(self, numbers: list[int], at_once: bool) -> None:
+        for number in numbers:
+            self.pop_one(number, at_once)
+
+    def pop_one(self, number: int, at_once: bool) -> None:
+        # In company, what is in hand from an earlier look is not taken in exact order.
+        if not at_once or self.company or any(map(self.comes_back, self.tasks.values())):
+            self.clock.advance(1.1)  # from then on a pop looks for what is to come back
+        self.come_back()
+        task = self.queue(number).pop()
+        pending = self.in_state("pending")
+        assert (task and task.id) == (pending[0] if pending else None), "not the oldest"
+        if task:
+            expected = self.tasks[task.id]
+            expected.state = "in_progress"
+            expected.used += 1
+            expected.owner = number
+            expected.deadline_s = self.clock.boot + self.LEASE_S
+            assert (task.data, task.attempt) == (expected.payload, expected.used)
+            self.claims.setdefault(task.id, []).append(task)
+            figure("model", deliveries=1)
+
+    @staticmethod
+    def mostly(choice: random.Random, wanted: list[str], others: Iterable[str]) -> str:
+        return choice.choice(wanted if wanted and choice.random() < 0.7 else sorted(others))
+
+    def finish(self, choice: random.Random, call: str, *arguments: object) -> Expected | None:
+        """Call a queue with some delivery; return the task if that claim was still valid."""
+        if not self.claims:
+            return None
+        held = [id for id in self.in_state("in_progress") if id in self.claims]
+        id = self.mostly(choice, held, self.claims)
+        task = choice.choice(self.claims[id][-2:])
+        expected = self.tasks[id]
+        valid = expected.state == "in_progress" and task.attempt == expected.used
+        queue = self.queue(choice.randrange(self.COUNT))
+        if valid:
+            getattr(queue, call)(task, *arguments)
+            return expected
+        with pytest.raises(NotInProgress):
+            getattr(queue, call)(task, *arguments)
+        return None
+
+    @rule(choice=choice)
+    def done(self, choice: random.Random) -> None:
+        if expected := self.finish(choice, "done"):
+            expected.state = "done"
+
+    @rule(choice=choice)
+    def fail(self, choice: random.Random) -> None:
+        if expected := self.finish(choice, "fail"):
+            expected.state = "failed"
+
+    @rule(choice=choice)
+    def retry(self, choice: random.Random) -> None:
+        if expected := self.finish(choice, "retry"):
+            expected.state = "pending"
+
+    @rule(choice=choice, delay_s=st.sampled_from([0.001, 5, 4_000]))
+    def retry_later(self, choice: random.Random, delay_s: float) -> None:
+        if expected := self.finish(choice, "retry", delay_s * 1_000):
+            expected.state = "scheduled"
+            expected.due_s = self.clock.wall + delay_s
+
+    @rule(choice=choice)
+    def touch(self, choice: random.Random) -> None:
+        if expected := self.finish(choice, "touch"):
+            expected.deadline_s = self.clock.boot + self.LEASE_S
+
+    @precondition(lambda self: self.tasks)
+    @rule(choice=choice, number=numbers)
+    def cancel(self, choice: random.Random, number: int) -> None:
+        id = self.mostly(choice, self.in_state("pending", "scheduled"), self.tasks)
+        waiting = self.tasks[id].state in ("pending", "scheduled")
+        assert self.queue(number).cancel(id) == waiting
+        if waiting:
+            self.tasks[id].state = "cancelled"
+
+    @precondition(lambda self: self.tasks)
+    @rule(choice=choice, number=numbers)
+    def requeue(self, choice: random.Random, number: int) -> None:
+        id = self.mostly(choice, self.in_state("done", "failed"), self.tasks)
+        finished = self.tasks[id].state in ("done", "failed")
+        assert self.queue(number).requeue(id) == finished
+        if finished:
+            self.tasks[id].state = "pending"
+            self.tasks[id].used = 0
+            self.claims.pop(id, None)  # its attempts are counted anew
+
+    @rule(number=numbers, how=st.sampled_from(["dropped", "dropped", "killed", "closed", "elsewhere"]))
+    def crash(self, number: int, how: str) -> None:
+        holders = [task.owner for task in self.tasks.values() if task.state == "in_progress"]
+        number = next((n for n in holders if n in range(self.COUNT)), number)  # one that holds a claim
+        queue = self.queue(number)
+        if how in ("killed", "elsewhere") and not self.company:
+            how = "dropped"
+        if how == "closed":
+            queue.close()
+        # As if it had been a process that is gone, or one on another machine.
+        held = [id for id in self.in_state("in_progress") if self.tasks[id].owner == number]
+        for was in {
+            Path(self.claims[id][-1].path).parent for id in held if how in ("killed", "elsewhere")
+        }:
+            node, pid, start, place, token = was.name.split("~")
+            other = f"{node}~{2**22 + 1}~{start}~{place}~{token}"
+            if how == "elsewhere":
+                other = f"b~{pid}~{start}~elsewhere~{token}"
+            was.rename(was.with_name(other))
+        for id, task in self.tasks.items():
+            if task.state == "in_progress" and task.owner == number:
+                task.state = "pending" if how == "closed" else task.state
+                task.owner = self.COUNT if how == "elsewhere" else None
+                if how in ("killed", "elsewhere"):
+                    self.claims.pop(id)  # nobody is there who could finish it
+        del queue
+        self.queues[number] = None
+        self.queues[number] = self.new_queue()
+
+    @rule(seconds=st.sampled_from([0.3, 8, 31, 3_000, 100_000]))
+    def wait(self, seconds: float) -> None:
+        self.clock.advance(seconds)
+
+    @rule(seconds=st.sampled_from([-3_000, -1, 0.001, 50, 100_000]))
+    def set_wall_clock(self, seconds: float) -> None:
+        self.clock.step_wall(seconds)
+
+    @invariant()
+    def states_are_as_expected(self) -> None:
+        queue = self.queue(len(self.tasks) % self.COUNT)
+        counts = collections.Counter(task.state for task in self.tasks.values())
+        assert queue.counts() == {state: counts[state] for state in STATES}
+        for id, task in self.tasks.items():
+            assert queue.status(id) == (None if task.state == "cancelled" else task.state)
+        for state in ("pending", "in_progress", "done", "failed"):
+            assert list(queue.ids(state)) == self.in_state(state)
+        figure("model", steps=1)
+
+    def drain(self) -> None:
+        """At the end everything that was not finished is delivered once more, in order."""
+        self.clock.advance(10**6)
+        for task in self.tasks.values():
+            task.due_s, task.deadline_s = 0, 0
+        self.come_back()
+        queue = self.queue(0)
+        left = []
+        while task := queue.pop():
+            left.append(task.id)
+            queue.done(task)
+        assert left == self.in_state("pending")
+
+
+TestModel = Model.TestCase
+TestModel.settings = settings(
+    max_examples=80,
+    stateful_step_count=40,
+    deadline=None,
+    derandomize=True,
+    database=None,
+    suppress_health_check=list(HealthCheck),
+)
+
+
+# --- 3: first in, first out ---------------------------------------------------------------------------
+
+
+def test_what_comes_back_has_its_old_place(directory: Path, clock: Time) -> None:
+    """A task that is retried through one object is the next one of every other in this process."""
+    one, other = FemtoQueue(directory, "a"), FemtoQueue(directory, "a")
+    for payload in (b"0", b"1", b"2", b"3"):
+        one.push(payload)
+    first = one.pop()
+    second = other.pop()  # from here on, what is left is in the hand of both
+    assert first
+    assert second
+    one.retry(first)
+    again = other.pop()
+    assert again
+    assert (again.id, again.attempt) == (first.id, 2)
+
+
+# --- 4: a crash at any instruction --------------------------------------------------------------------
+
+
+@durable_or_not
 @each_case
 def test_killed_before_every_filesystem_call(
     name: str, durable: bool, scratch: Path, clock: Time
@@ -4604,175 +4212,36 @@ def test_killed_before_every_filesystem_call(
     figure("killed at every step", calls=1, kill_points=at - 1)
 
 
-# --- failing at every step ----------------------------------------------------------------------------
-
-ERRORS = ("ENOSPC", "EIO", "EMFILE", "EACCES", "EROFS", "ESTALE", "EINTR")
-# What each call can answer; the rest answers all of ERRORS.
-ERRORS_OF = {
-    "read": ("EIO", "ESTALE"),
-    "write": ("ENOSPC", "EIO", "ESTALE"),
-    "close": ("EIO", "ENOSPC"),
-    "fsync": ("EIO", "ENOSPC", "EROFS", "ESTALE"),
-    "fstat": ("EIO", "ESTALE"),
-    "lseek": ("EIO",),
-    "posix_fadvise": ("EIO",),
-    "stat": ("EIO", "EACCES", "ESTALE"),
-    "lstat": ("EIO", "EACCES", "ESTALE"),
-    "scandir": ("EIO", "EMFILE", "EACCES", "ESTALE", "EINTR"),
-}
-LOSABLE = ("rename", "link", "unlink", "fsync", "mkdir", "write", "scandir")
-
-
-class HalfListing:
-    """A directory listing that breaks off."""
-
-    def __init__(self, directory: str, code: int) -> None:
-        self.entries = REAL["scandir"](directory)
-        self.error = (code, os.strerror(code), directory)
-
-    def __enter__(self) -> Iterator[os.DirEntry[str]]:
-        yield from itertools.islice(self.entries, 1)
-        raise OSError(*self.error)
-
-    def __exit__(self, *exception: object) -> None:
-        self.entries.close()
-
-
-@pytest.fixture
-def unlogged(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nobody keeps what is logged: with its traceback, an error keeps queue objects alive."""
-    monkeypatch.setattr(logging.getLogger("femtoqueue"), "disabled", True)
-
-
-def fail_with(code: int, performed: bool, name: str, *args: Any, **kwargs: Any) -> Any:
-    """Raise OSError instead of a call, or `performed`: although the call was made, perhaps in part."""
-    if name == "close":
-        REAL["close"](*args)  # the descriptor is gone, whatever it answers
-    elif performed and name == "write":
-        REAL["write"](args[0], args[1][: len(args[1]) // 2])
-    elif performed and name == "scandir":
-        return HalfListing(args[0], code)
-    elif performed and name in LOSABLE:
-        REAL[name](*args, **kwargs)
-    # In no variable: with its traceback, that would be a cycle that keeps the queue object alive.
-    raise OSError(code, os.strerror(code), str(args[0]))
-
-
-def steps_of(case: Case, directory: Path, durable: bool, clock: Time) -> list[str]:
-    """The names of the filesystem calls that a case makes when all goes well."""
-    names: list[str] = []
-
-    def note(name: str, *args: Any, **kwargs: Any) -> Any:
-        names.append(name)
-        return REAL[name](*args, **kwargs)
-
-    stage = Stage(case, directory, durable, clock)
-    with Steps(1, note, once=False):
-        stage.act()
-    clear(directory)
-    return names
-
-
-def check_at_once(stage: Stage, allowed: dict[bytes, set[str]], error: bool) -> None:
-    """What is there right after a call: each task whole, once, and where it may be."""
-    there = look(stage.directory)
-    stage.pushed = sum(item in there for item in NEW)
-    assert all(item in there for item in NEW[: stage.pushed]), "not the first ones of push_many"
-    assert not (error and stage.durable and stage.pushed), "a durable push_many that raised is undone"
-    for payload, states in there.items():
-        assert len(states) == 1, f"{payload!r} is visible {len(states)} times: {states}"
-        assert states[0] in allowed.get(payload, ()), (
-            f"{payload!r} is {states[0]}: {allowed.get(payload)}"
-        )
-
-
-def run_with_fault(stage: Stage, case: Case, name: str, steps: Steps, step: str, code: str) -> None:
-    """Make a case's call with a fault, and if it raised once more without."""
-    descriptors = len(os.listdir("/proc/self/fd"))
-    error = False
-    with steps:
-        try:
-            stage.act()
-        except OSError:
-            error = True
-    assert steps.met == step, f"it took other steps, {steps.met}"
-    popped = stage.results[-1] if name.startswith("pop") and not error else None
-    # Of a claim that is answered ESTALE, only a later look can tell whether it was made.
-    disordered = popped is not None and (step, code) == ("rename", "ESTALE")
-    if case.world:
-        allowed = case.allowed(not error, error and case.undone, popped, disordered)
-        check_at_once(stage, allowed, error)
-    if error:
-        check_source(name, stage.directory, returned=False, error=True)
-    if error and (stage.source.exists() or not name.startswith("push_file")):
-        stage.act()
-    assert len(os.listdir("/proc/self/fd")) == descriptors, "a file was left open"
-    if not error or step == "fsync":
-        assert all(stage.results), "it said that there is nothing"
-    stage.drop()
-    audit(stage.directory, stage.clock, case.allowed(True, popped=popped, disordered=disordered))
-
-
-@both
-@each_case
-@pytest.mark.usefixtures("unlogged")
-def test_failing_at_every_filesystem_call(name: str, durable: bool, scratch: Path, clock: Time) -> None:
-    """A call raises OSError or succeeds, never in between; made again, it works, without a restart."""
-    case = CASES[name]
-    failures = []
-    count = 0
-    for at, step in enumerate(steps_of(case, scratch / "plain", durable, clock), 1):
-        errors = ERRORS_OF.get(step, ERRORS)
-        if durable:  # what differs from the above is where it fails, not how
-            errors = tuple({"EIO", "ESTALE", errors[at % len(errors)]} & {*errors})
-        for error in errors:
-            for performed in (False, True)[: 1 + (step in LOSABLE)]:
-                directory = scratch / str(count)
-                meet = functools.partial(fail_with, getattr(errno, error), performed)
-                doubtful = name.startswith("cancel") or "another" in name
-                if doubtful and performed and step in ("rename", "unlink") and error == "ESTALE":
-                    continue  # that another process was quicker looks just the same
-                try:
-                    stage = Stage(case, directory, durable, clock)
-                    run_with_fault(stage, case, name, Steps(at, meet), step, error)
-                except Exception as problem:
-                    how = "after" if performed else "instead of"
-                    what = f"{type(problem).__name__}: {problem}".partition("\n")[0]
-                    failures.append(f"{error} {how} call {at}, {step}: {what}")
-                clear(directory)
-                count += 1
-    assert not failures, "\n".join([f"{len(failures)} of {count} faults:", *failures])
-    figure("failing at every step", calls=1, faults=count)
-
-
-@both
-@each_case
-@pytest.mark.usefixtures("unlogged")
-def test_failing_from_a_filesystem_call_on(
-    name: str, durable: bool, scratch: Path, clock: Time
+def test_leftovers_of_dead_writers_are_swept_and_those_of_live_ones_are_not(
+    directory: Path, spawn: Spawn
 ) -> None:
-    """A disk that stays broken from the middle of a call on, and is repaired: nothing is lost."""
-    case = CASES[name]
-    adds = "gone" in case.before().values()
-    count = len(steps_of(case, scratch / "plain", durable, clock))
-    for at in range(1, count + 1):
-        stage = Stage(case, scratch / str(at), durable, clock)
-        error = False
-        with Steps(at, functools.partial(fail_with, errno.EIO, False), once=False):
-            try:
-                stage.act()
-            except OSError:
-                error = True
-        if error and not adds:  # made again, what could not be withdrawn would be there twice
-            stage.act()
-        stage.drop()
-        allowed = case.allowed(not (error and adds), disordered=name.startswith("pop"))
-        audit(stage.directory, clock, allowed)
-        clear(stage.directory)
-    figure("failing from some step on", calls=1, faults=count)
+    """A half-written file goes when its writer is dead, and only then."""
+    writer = """
+q = FemtoQueue(sys.argv[1], "writer")
+real = os.rename
+def pause(*arguments):
+    os.rename = real
+    print("written", flush=True)
+    input()
+    real(*arguments)
+os.rename = pause
+print(q.push(b"x"))
+"""
+    dead, live = spawn(writer, directory), spawn(writer, directory)
+    for process in (dead, live):
+        expect(process, "written")
+    killed(dead)
+    (directory / "creating" / "of somebody else").write_bytes(b"")
+    assert len(names(directory, "creating")) == 3
+    q = FemtoQueue(directory, "other")
+    assert q.pop() is None
+    left = names(directory, "creating")
+    assert len(left) == 2 and f"~{live.pid}~" in left[1]
+    say(live)
+    assert q.pop(timeout=10).id == ending(live)[0].strip()
 
 
-# --- power cuts ---------------------------------------------------------------------------------------
+# --- 5: a power cut -----------------------------------------------------------------------------------
 
 
 class Node:
@@ -5168,651 +4637,1497 @@ def test_power_cut_after_every_operation(
     figure("power cuts", operations=len(disk.log), images=images, of_which_reopened=reopened)
 
 
-# --- many processes, many kills -----------------------------------------------------------------------
+# --- 6: a payload that does not match its checksum ----------------------------------------------------
 
 
-def spawn_proof(work: Callable[[], object]) -> int:
-    """Do `work` in a forked process, with an exit status of 1 if it raised."""
-    pid = os.fork()
-    if not pid:
-        status = 1
-        try:
-            work()
-            status = 0
-        except BaseException:
-            traceback.print_exc()
-        finally:
-            os._exit(status)
-    return pid
+@pytest.mark.parametrize("size", [0, 1, 1 << 16, (1 << 20) + 1])
+def test_broken_payload(directory: Path, size: int, caplog: pytest.LogCaptureFixture) -> None:
+    """A payload that does not match its checksum goes to corrupt/ and the log; the queue goes on."""
+    queue = FemtoQueue(directory, "a")
+    id = queue.push(b"x" * size)
+    [name] = files(directory / "pending")
+    put(directory / "pending" / name, b"y" + b"x" * (size - 1))
+    queue.push(b"next")
+    with caplog.at_level(logging.WARNING, "femtoqueue"):
+        assert drained(queue) == [b"next"]
+    assert id in caplog.text
+    assert queue.status(id) == "corrupt" and (directory / "corrupt" / id).exists()
 
 
-class Journal:
-    """What a process says about itself before it is killed: one line in one write."""
+# --- 7: a call that raises ----------------------------------------------------------------------------
 
-    def __init__(self, path: Path) -> None:
-        self.descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-
-    def __call__(self, *words: object) -> None:
-        os.write(self.descriptor, (" ".join(map(str, words)) + "\n").encode())
-
-
-class Crowd:
-    """Producers and workers on one queue, some of which are killed or stopped now and then."""
-
-    LEASE_MS = 300
-    PRODUCERS, WORKERS = 2, 4
-
-    def __init__(self, directory: Path, chance: random.Random) -> None:
-        self.directory = directory
-        self.chance = chance
-        self.journal = directory.with_name("journal")
-        self.no_more = directory.with_name("no-more")
-        self.roles: dict[int, Callable[[int], None]] = {}  # PID -> what it is
-        self.stopped: dict[int, float] = {}  # PID -> when it shall go on
-        self.disturbed: set[int] = set()
-        self.kills = self.stops = self.started = 0
-        FemtoQueue(directory, "parent").close()
-
-    def produce(self, number: int) -> None:
-        queue = FemtoQueue(self.directory, f"producer-{number}", maxsize=200)
-        say = Journal(self.journal)
-        for i in itertools.count():
-            if self.no_more.exists():
-                return
-            say("try", f"{number}.{i}")
-            while True:
-                try:
-                    queue.push(f"{number}.{i}".encode())
-                    break
-                except Full:
-                    time.sleep(0.002)
-            say("acknowledged", f"{number}.{i}")
-
-    def consume(self, number: int) -> None:
-        queue = FemtoQueue(self.directory, "worker", self.LEASE_MS)
-        say = Journal(self.journal)
-        while (task := queue.pop(timeout=0.2)) or not self.no_more.exists():
-            if task:
-                say("got", task.data.decode(), task.attempt, os.getpid())
-                time.sleep(0.0005)
-                try:
-                    queue.done(task)
-                    say("done", task.data.decode(), task.attempt)
-                except NotInProgress:
-                    say("robbed", task.data.decode(), task.attempt, os.getpid())
-
-    def start(self, role: Callable[[int], None]) -> None:
-        self.started += 1
-        self.roles[spawn_proof(functools.partial(role, self.started))] = role
-
-    def kill(self, pid: int) -> None:
-        os.kill(pid, signal.SIGKILL)
-        role = self.roles.pop(pid)
-        assert os.WTERMSIG(os.waitpid(pid, 0)[1]) == signal.SIGKILL, "it had ended by itself"
-        self.disturbed.add(pid)
-        self.kills += 1
-        self.start(role)
-
-    def run(self, seconds: float) -> None:
-        for role, count in ((self.produce, self.PRODUCERS), (self.consume, self.WORKERS)):
-            for _ in range(count):
-                self.start(role)
-        end = time.monotonic() + seconds
-        while (now := time.monotonic()) < end or "robbed" not in self.journal.read_text():
-            assert now < end + 30, "nobody was stopped for longer than the lease with a task in hand"
-            for pid in [pid for pid, until in self.stopped.items() if until <= now]:
-                os.kill(pid, signal.SIGCONT)
-                del self.stopped[pid]
-            pid = self.chance.choice(sorted(self.roles.keys() - self.stopped.keys()))
-            if self.chance.random() < 0.5:
-                self.kill(pid)
-            elif len(self.stopped) < 3:
-                os.kill(pid, signal.SIGSTOP)
-                self.disturbed.add(pid)
-                self.stopped[pid] = now + self.chance.uniform(1, 6) * self.LEASE_MS / 1_000
-                self.stops += 1
-            time.sleep(self.chance.uniform(0.02, 0.12))
-        for pid in self.stopped:
-            os.kill(pid, signal.SIGCONT)
-        self.no_more.touch()
-        while self.roles:
-            pid = next(iter(self.roles))
-            status = os.waitpid(pid, 0)[1]
-            del self.roles[pid]
-            assert status == 0, "a process that was not killed failed"
-
-    def clear(self) -> None:
-        """Leave nobody behind, however the test ended."""
-        for pid in self.roles:
-            os.kill(pid, signal.SIGKILL)
-            os.waitpid(pid, 0)
+ERRORS = ("ENOSPC", "EIO", "EMFILE", "EACCES", "EROFS", "ESTALE", "EINTR")
+# What each call can answer; the rest answers all of ERRORS.
+ERRORS_OF = {
+    "read": ("EIO", "ESTALE"),
+    "write": ("ENOSPC", "EIO", "ESTALE"),
+    "close": ("EIO", "ENOSPC"),
+    "fsync": ("EIO", "ENOSPC", "EROFS", "ESTALE"),
+    "fstat": ("EIO", "ESTALE"),
+    "lseek": ("EIO",),
+    "posix_fadvise": ("EIO",),
+    "stat": ("EIO", "EACCES", "ESTALE"),
+    "lstat": ("EIO", "EACCES", "ESTALE"),
+    "scandir": ("EIO", "EMFILE", "EACCES", "ESTALE", "EINTR"),
+}
+LOSABLE = ("rename", "link", "unlink", "fsync", "mkdir", "write", "scandir")
 
 
-def test_many_processes_many_kills(scratch: Path) -> None:
-    """Nothing acknowledged is lost, nothing invented; only a kill or a stop makes a duplicate."""
-    crowd = Crowd(scratch / "queue", random.Random(7))
-    try:
-        crowd.run(seconds=7)
-    finally:
-        crowd.clear()
-    queue = FemtoQueue(crowd.directory, "worker")
-    say = Journal(crowd.journal)
-    while task := queue.pop():
-        say("got", task.data.decode(), task.attempt, os.getpid())
-        queue.done(task)
-        say("done", task.data.decode(), task.attempt)
-    assert not any(queue.counts()[state] for state in STATES if state != "done")
+class HalfListing:
+    """A directory listing that breaks off."""
 
-    lines = [line.split() for line in crowd.journal.read_text().splitlines()]
-    words = {kind: [line[1:] for line in lines if line[0] == kind] for kind in ("try", "acknowledged")}
-    tried = {name for (name,) in words["try"]}
-    acknowledged = {name for (name,) in words["acknowledged"]}
-    got: dict[str, dict[int, int]] = {}  # name -> attempt -> PID
-    finished: dict[str, int] = {}
-    for kind, name, *rest in lines:
-        if kind == "got":
-            attempt, pid = map(int, rest)
-            assert attempt not in got.setdefault(name, {}), "one attempt was delivered twice"
-            got[name][attempt] = pid
-        elif kind == "done":
-            assert name not in finished, "done twice"
-            finished[name] = int(rest[0])
-    robbed = sum(line[0] == "robbed" for line in lines)
-    duplicated = {name for name, attempts in got.items() if len(attempts) > 1}
-    figure(
-        "many processes",
-        processes=crowd.started,
-        kills=crowd.kills,
-        stops=crowd.stops,
-        tasks_acknowledged=len(acknowledged),
-        delivered=len(got),
-        lost=len(acknowledged - {*got}),
-        unexpected=len({*got} - tried),
-        duplicated=len(duplicated),
-        robbed_while_stopped=robbed,
-    )
-    assert acknowledged <= {*got}, "lost"
-    assert {*got} <= tried, "unexpected"
-    assert queue.counts()["done"] == len(got)
-    for name, attempts in got.items():
-        last = finished.get(name, max(attempts))
-        assert last == max(attempts), f"{name} was delivered after it was done"
-        for attempt in sorted(attempts)[:-1]:
-            assert attempts[attempt] in crowd.disturbed, f"{name} was taken from an undisturbed worker"
-    assert len(acknowledged) > 1_000
-    assert duplicated
-    assert crowd.kills > 10
-    assert crowd.stops > 10
+    def __init__(self, directory: str, code: int) -> None:
+        self.entries = REAL["scandir"](directory)
+        self.error = (code, os.strerror(code), directory)
+
+    def __enter__(self) -> Iterator[os.DirEntry[str]]:
+        yield from itertools.islice(self.entries, 1)
+        raise OSError(*self.error)
+
+    def __exit__(self, *exception: object) -> None:
+        self.entries.close()
 
 
-# --- a plain model ------------------------------------------------------------------------------------
+def fail_with(code: int, performed: bool, name: str, *args: Any, **kwargs: Any) -> Any:
+    """Raise OSError instead of a call, or `performed`: although the call was made, perhaps in part."""
+    if name == "close":
+        REAL["close"](*args)  # the descriptor is gone, whatever it answers
+    elif performed and name == "write":
+        REAL["write"](args[0], args[1][: len(args[1]) // 2])
+    elif performed and name == "scandir":
+        return HalfListing(args[0], code)
+    elif performed and name in LOSABLE:
+        REAL[name](*args, **kwargs)
+    # In no variable: with its traceback, that would be a cycle that keeps the queue object alive.
+    raise OSError(code, os.strerror(code), str(args[0]))
 
 
-@dataclasses.dataclass
-class Expected:
-    """What the model knows of a task."""
+def steps_of(case: Case, directory: Path, durable: bool, clock: Time) -> list[str]:
+    """The names of the filesystem calls that a case makes when all goes well."""
+    names: list[str] = []
 
-    payload: bytes
-    state: str
-    used: int = 0  # deliveries
-    due_s: float = 0
-    owner: int | None = None  # which queue object's claim it is; None: an owner that is gone
-    deadline_s: float = 0
+    def note(name: str, *args: Any, **kwargs: Any) -> Any:
+        names.append(name)
+        return REAL[name](*args, **kwargs)
+
+    stage = Stage(case, directory, durable, clock)
+    with Steps(1, note, once=False):
+        stage.act()
+    clear(directory)
+    return names
 
 
-class Model(RuleBasedStateMachine):
-    """Three queue objects on one directory do as a plain list of tasks says, whatever happens."""
-
-    LEASE_S = 30
-    COUNT = 3
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.patch = pytest.MonkeyPatch()
-        self.clock = Time()
-        self.patch.setattr(time, "time", lambda: self.clock.wall)
-        self.patch.setattr(time, "monotonic", lambda: self.clock.boot)
-        self.patch.setattr(time, "sleep", self.clock.advance)
-        self.directory = Path(
-            tempfile.mkdtemp(prefix="femtoqueue-test-", dir=SHM if SHM.is_dir() else None)
+def check_at_once(stage: Stage, allowed: dict[bytes, set[str]], error: bool) -> None:
+    """What is there right after a call: each task whole, once, and where it may be."""
+    there = look(stage.directory)
+    stage.pushed = sum(item in there for item in NEW)
+    assert all(item in there for item in NEW[: stage.pushed]), "not the first ones of push_many"
+    assert not (error and stage.durable and stage.pushed), "a durable push_many that raised is undone"
+    for payload, states in there.items():
+        assert len(states) == 1, f"{payload!r} is visible {len(states)} times: {states}"
+        assert states[0] in allowed.get(payload, ()), (
+            f"{payload!r} is {states[0]}: {allowed.get(payload)}"
         )
-        self.queues: list[FemtoQueue | None] = [self.new_queue() for _ in range(self.COUNT)]
-        self.tasks: dict[str, Expected] = {}
-        self.claims: dict[str, list[FemtoTask]] = {}  # every delivery there ever was
-        self.pushes: list[str] = []
-        self.company = False  # may it look as if other processes were at work?
-        figure("model", runs=1)
 
-    def teardown(self) -> None:
+
+def run_with_fault(stage: Stage, case: Case, name: str, steps: Steps, step: str, code: str) -> None:
+    """Make a case's call with a fault, and if it raised once more without."""
+    descriptors = len(os.listdir("/proc/self/fd"))
+    error = False
+    with steps:
         try:
-            self.drain()
-        finally:
-            self.queues.clear()
-            self.patch.undo()
-            shutil.rmtree(self.directory)
-
-    def new_queue(self) -> FemtoQueue:
-        return FemtoQueue(self.directory, "a", self.LEASE_S * 1_000)
-
-    def queue(self, number: int) -> FemtoQueue:
-        queue = self.queues[number]
-        assert queue is not None
-        return queue
-
-    def in_state(self, *states: str) -> list[str]:
-        return sorted(id for id, task in self.tasks.items() if task.state in states)
-
-    def comes_back(self, task: Expected) -> bool:
-        """Does a pop that looks make this one pending?"""
-        if task.state == "scheduled":
-            return task.due_s <= self.clock.wall
-        gone = task.owner is None or task.deadline_s < self.clock.boot
-        return task.state == "in_progress" and gone
-
-    def come_back(self) -> None:
-        for task in self.tasks.values():
-            if self.comes_back(task):
-                task.state = "pending"
-
-    @initialize(company=st.booleans())
-    def begin(self, company: bool) -> None:
-        self.company = company
-        self.push(0, [10] * 6)
-        self.pop([0, 1, 2, 0], at_once=True)
-
-    numbers = st.integers(0, COUNT - 1)
-    choice = st.randoms(use_true_random=False)
-
-    @rule(number=numbers, sizes=st.lists(st.sampled_from([0, 10, 70_000]), min_size=1, max_size=4))
-    def push(self, number: int, sizes: list[int]) -> None:
-        for size in sizes:
-            payload = b"%d " % len(self.tasks) + b"x" * size
-            id = self.queue(number).push(payload)
-            assert id not in self.tasks
-            assert all(id > other for other in self.pushes[-1:]), "not in the order of the pushes"
-            self.pushes.append(id)
-            self.tasks[id] = Expected(payload, "pending")
-
-    @rule(number=numbers, delay_s=st.sampled_from([-5, 0, 0.5, 20, 20, 900, 90_000]))
-    def schedule(self, number: int, delay_s: float) -> None:
-        payload = b"%d" % len(self.tasks)
-        due_us = int((self.clock.wall + delay_s) * 1e6)
-        id = self.queue(number).schedule(payload, due_us)
-        assert id not in self.tasks
-        self.tasks[id] = Expected(payload, "scheduled", due_s=due_us / 1e6)
-
-    @rule(numbers=st.lists(numbers, min_size=1, max_size=4), at_once=st.booleans())
-    def pop(self, numbers: list[int], at_once: bool) -> None:
-        for number in numbers:
-            self.pop_one(number, at_once)
-
-    def pop_one(self, number: int, at_once: bool) -> None:
-        # In company, what is in hand from an earlier look is not taken in exact order.
-        if not at_once or self.company or any(map(self.comes_back, self.tasks.values())):
-            self.clock.advance(1.1)  # from then on a pop looks for what is to come back
-        self.come_back()
-        task = self.queue(number).pop()
-        pending = self.in_state("pending")
-        assert (task and task.id) == (pending[0] if pending else None), "not the oldest"
-        if task:
-            expected = self.tasks[task.id]
-            expected.state = "in_progress"
-            expected.used += 1
-            expected.owner = number
-            expected.deadline_s = self.clock.boot + self.LEASE_S
-            assert (task.data, task.attempt) == (expected.payload, expected.used)
-            self.claims.setdefault(task.id, []).append(task)
-            figure("model", deliveries=1)
-
-    @staticmethod
-    def mostly(choice: random.Random, wanted: list[str], others: Iterable[str]) -> str:
-        return choice.choice(wanted if wanted and choice.random() < 0.7 else sorted(others))
-
-    def finish(self, choice: random.Random, call: str, *arguments: object) -> Expected | None:
-        """Call a queue with some delivery; return the task if that claim was still valid."""
-        if not self.claims:
-            return None
-        held = [id for id in self.in_state("in_progress") if id in self.claims]
-        id = self.mostly(choice, held, self.claims)
-        task = choice.choice(self.claims[id][-2:])
-        expected = self.tasks[id]
-        valid = expected.state == "in_progress" and task.attempt == expected.used
-        queue = self.queue(choice.randrange(self.COUNT))
-        if valid:
-            getattr(queue, call)(task, *arguments)
-            return expected
-        with pytest.raises(NotInProgress):
-            getattr(queue, call)(task, *arguments)
-        return None
-
-    @rule(choice=choice)
-    def done(self, choice: random.Random) -> None:
-        if expected := self.finish(choice, "done"):
-            expected.state = "done"
-
-    @rule(choice=choice)
-    def fail(self, choice: random.Random) -> None:
-        if expected := self.finish(choice, "fail"):
-            expected.state = "failed"
-
-    @rule(choice=choice)
-    def retry(self, choice: random.Random) -> None:
-        if expected := self.finish(choice, "retry"):
-            expected.state = "pending"
-
-    @rule(choice=choice, delay_s=st.sampled_from([0.001, 5, 4_000]))
-    def retry_later(self, choice: random.Random, delay_s: float) -> None:
-        if expected := self.finish(choice, "retry", delay_s * 1_000):
-            expected.state = "scheduled"
-            expected.due_s = self.clock.wall + delay_s
-
-    @rule(choice=choice)
-    def touch(self, choice: random.Random) -> None:
-        if expected := self.finish(choice, "touch"):
-            expected.deadline_s = self.clock.boot + self.LEASE_S
-
-    @precondition(lambda self: self.tasks)
-    @rule(choice=choice, number=numbers)
-    def cancel(self, choice: random.Random, number: int) -> None:
-        id = self.mostly(choice, self.in_state("pending", "scheduled"), self.tasks)
-        waiting = self.tasks[id].state in ("pending", "scheduled")
-        assert self.queue(number).cancel(id) == waiting
-        if waiting:
-            self.tasks[id].state = "cancelled"
-
-    @precondition(lambda self: self.tasks)
-    @rule(choice=choice, number=numbers)
-    def requeue(self, choice: random.Random, number: int) -> None:
-        id = self.mostly(choice, self.in_state("done", "failed"), self.tasks)
-        finished = self.tasks[id].state in ("done", "failed")
-        assert self.queue(number).requeue(id) == finished
-        if finished:
-            self.tasks[id].state = "pending"
-            self.tasks[id].used = 0
-            self.claims.pop(id, None)  # its attempts are counted anew
-
-    @rule(number=numbers, how=st.sampled_from(["dropped", "dropped", "killed", "closed", "elsewhere"]))
-    def crash(self, number: int, how: str) -> None:
-        holders = [task.owner for task in self.tasks.values() if task.state == "in_progress"]
-        number = next((n for n in holders if n in range(self.COUNT)), number)  # one that holds a claim
-        queue = self.queue(number)
-        if how in ("killed", "elsewhere") and not self.company:
-            how = "dropped"
-        if how == "closed":
-            queue.close()
-        owners = self.directory / "in_progress"
-        # As if it had been a process that is gone, or one on another machine.
-        was = queue._owner
-        node, pid, start, place, token = was.split("~")
-        other = f"{node}~{2**22 + 1}~{start}~{place}~{token}"
-        if how == "elsewhere":
-            other = f"b~{pid}~{start}~elsewhere~{token}"
-        if how in ("killed", "elsewhere") and (owners / was).exists():
-            (owners / was).rename(owners / other)
-        for id, task in self.tasks.items():
-            if task.state == "in_progress" and task.owner == number:
-                task.state = "pending" if how == "closed" else task.state
-                task.owner = self.COUNT if how == "elsewhere" else None
-                if how in ("killed", "elsewhere"):
-                    self.claims.pop(id)  # nobody is there who could finish it
-        del queue
-        self.queues[number] = None
-        self.queues[number] = self.new_queue()
-
-    @rule(seconds=st.sampled_from([0.3, 8, 31, 3_000, 100_000]))
-    def wait(self, seconds: float) -> None:
-        self.clock.advance(seconds)
-
-    @rule(seconds=st.sampled_from([-3_000, -1, 0.001, 50, 100_000]))
-    def set_wall_clock(self, seconds: float) -> None:
-        self.clock.step_wall(seconds)
-
-    @invariant()
-    def states_are_as_expected(self) -> None:
-        queue = self.queue(len(self.tasks) % self.COUNT)
-        counts = collections.Counter(task.state for task in self.tasks.values())
-        assert queue.counts() == {state: counts[state] for state in STATES}
-        for id, task in self.tasks.items():
-            assert queue.status(id) == (None if task.state == "cancelled" else task.state)
-        for state in ("pending", "in_progress", "done", "failed"):
-            assert list(queue.ids(state)) == self.in_state(state)
-        figure("model", steps=1)
-
-    def drain(self) -> None:
-        """At the end everything that was not finished is delivered once more, in order."""
-        self.clock.advance(10**6)
-        for task in self.tasks.values():
-            task.due_s, task.deadline_s = 0, 0
-        self.come_back()
-        queue = self.queue(0)
-        left = []
-        while task := queue.pop():
-            left.append(task.id)
-            queue.done(task)
-        assert left == self.in_state("pending")
+            stage.act()
+        except OSError:
+            error = True
+    assert steps.met == step, f"it took other steps, {steps.met}"
+    popped = stage.results[-1] if name.startswith("pop") and not error else None
+    # Of a claim that is answered ESTALE, only a later look can tell whether it was made.
+    disordered = popped is not None and (step, code) == ("rename", "ESTALE")
+    if case.world:
+        allowed = case.allowed(not error, error and case.undone, popped, disordered)
+        check_at_once(stage, allowed, error)
+    if error:
+        check_source(name, stage.directory, returned=False, error=True)
+    if error and (stage.source.exists() or not name.startswith("push_file")):
+        stage.act()
+    assert len(os.listdir("/proc/self/fd")) == descriptors, "a file was left open"
+    if not error or step == "fsync":
+        assert all(stage.results), "it said that there is nothing"
+    stage.drop()
+    audit(stage.directory, stage.clock, case.allowed(True, popped=popped, disordered=disordered))
 
 
-TestModel = Model.TestCase
-TestModel.settings = settings(
-    max_examples=80,
-    stateful_step_count=40,
-    deadline=None,
-    derandomize=True,
-    database=None,
-    suppress_health_check=list(HealthCheck),
-)
+@durable_or_not
+@each_case
+@pytest.mark.usefixtures("unlogged")
+def test_failing_at_every_filesystem_call(name: str, durable: bool, scratch: Path, clock: Time) -> None:
+    """A call raises OSError or succeeds, never in between; made again, it works, without a restart."""
+    case = CASES[name]
+    failures = []
+    count = 0
+    for at, step in enumerate(steps_of(case, scratch / "plain", durable, clock), 1):
+        errors = ERRORS_OF.get(step, ERRORS)
+        if durable:  # what differs from the above is where it fails, not how
+            errors = tuple({"EIO", "ESTALE", errors[at % len(errors)]} & {*errors})
+        for error in errors:
+            for performed in (False, True)[: 1 + (step in LOSABLE)]:
+                directory = scratch / str(count)
+                meet = functools.partial(fail_with, getattr(errno, error), performed)
+                doubtful = name.startswith("cancel") or "another" in name
+                if doubtful and performed and step in ("rename", "unlink") and error == "ESTALE":
+                    continue  # that another process was quicker looks just the same
+                try:
+                    stage = Stage(case, directory, durable, clock)
+                    run_with_fault(stage, case, name, Steps(at, meet), step, error)
+                except Exception as problem:
+                    how = "after" if performed else "instead of"
+                    what = f"{type(problem).__name__}: {problem}".partition("\n")[0]
+                    failures.append(f"{error} {how} call {at}, {step}: {what}")
+                clear(directory)
+                count += 1
+    assert not failures, "\n".join([f"{len(failures)} of {count} faults:", *failures])
+    figure("failing at every step", calls=1, faults=count)
 
 
-def test_what_comes_back_has_its_old_place(directory: Path, clock: Time) -> None:
-    """A task that is retried through one object is the next one of every other in this process."""
-    one, other = FemtoQueue(directory, "a"), FemtoQueue(directory, "a")
-    for payload in (b"0", b"1", b"2", b"3"):
-        one.push(payload)
-    first = one.pop()
-    second = other.pop()  # from here on, what is left is in the hand of both
-    assert first
-    assert second
-    one.retry(first)
-    again = other.pop()
-    assert again
-    assert (again.id, again.attempt) == (first.id, 2)
+@durable_or_not
+@each_case
+@pytest.mark.usefixtures("unlogged")
+def test_failing_from_a_filesystem_call_on(
+    name: str, durable: bool, scratch: Path, clock: Time
+) -> None:
+    """A disk that stays broken from the middle of a call on, and is repaired: nothing is lost."""
+    case = CASES[name]
+    adds = "gone" in case.before().values()
+    count = len(steps_of(case, scratch / "plain", durable, clock))
+    for at in range(1, count + 1):
+        stage = Stage(case, scratch / str(at), durable, clock)
+        error = False
+        with Steps(at, functools.partial(fail_with, errno.EIO, False), once=False):
+            try:
+                stage.act()
+            except OSError:
+                error = True
+        if error and not adds:  # made again, what could not be withdrawn would be there twice
+            stage.act()
+        stage.drop()
+        allowed = case.allowed(not (error and adds), disordered=name.startswith("pop"))
+        audit(stage.directory, clock, allowed)
+        clear(stage.directory)
+    figure("failing from some step on", calls=1, faults=count)
 
 
-# --- hostile directories ------------------------------------------------------------------------------
-
-NAMES = (
-    "{time}_node_0123456789ab{n:06x}.01234567",
-    "{time}_node_0123456789ab{n:06x}.01234567~{n}",
-    "{time}_node_0123456789ab{n:06x}.01234567~1~{time}",
-    "{time}_shell-{n}",
-    "{time}_shell-{n}~1",
-    "{time}_shell-{n}~1~{time}",
-    "{time}",
-    "node~999999999~{n}~place~token",
-    "node~999999999~{n}~place~token~{time}",
-    "node~{n}~1~elsewhere~token~{time}",
-    "clock-{n}",
-    "clock-0123456789ab.{n}",
-    ".DS_Store-{n}",
-    ".nfs{time}{n}",
-)
-ALPHABET = [*"~._/0 a\n\t\x7f", "\N{ARABIC-INDIC DIGIT THREE}", "\udcff", "\u2028", "~1", "x" * 200]
-KINDS = (
-    "file",
-    "file",
-    "file",
-    "directory",
-    "full directory",
-    "link",
-    "directory link",
-    "dangling",
-    "fifo",
-)
-PLACES = (
-    *("", "creating", "pending", "pending/{bucket}", "scheduled", "scheduled/{bucket}"),
-    *("in_progress", "in_progress/node~999999999~1~place~token", *("done", "failed", "corrupt")),
-)
+def test_errors_of_the_filesystem(directory: Path) -> None:
+    """An OSError comes with its path."""
+    put(directory.parent / "file")
+    with pytest.raises(OSError) as caught:
+        FemtoQueue(directory.parent / "file", "a")
+    assert str(directory.parent / "file") in str(caught.value)
+    queue = FemtoQueue(directory, "a")
+    shutil.rmtree(directory)
+    for call in (queue.pop, lambda: queue.push(b"x")):
+        with pytest.raises(FileNotFoundError, match=re.escape(str(directory))):
+            call()
 
 
-@st.composite
-def near_names(draw: st.DrawFn) -> str:
-    """A name by our grammar, or with a few characters put in or left out."""
-    us = draw(st.sampled_from([0, 1, 10**15, 1_799_999_999_000_000, 1_800_000_000_000_000, 10**16 - 1]))
-    name = draw(st.sampled_from(NAMES)).format(time=f"{us:016d}", n=draw(st.integers(0, 99_999)))
-    for _ in range(draw(st.sampled_from([0, 0, 1, 1, 2, 3]))):
-        at = draw(st.integers(0, len(name)))
-        name = name[:at] + draw(st.sampled_from(["", *ALPHABET])) + name[at + draw(st.integers(0, 2)) :]
-    name = name.replace("/", "").strip() or "_"
-    return name if len(os.fsencode(name)) <= 255 and name not in (".", "..") else "too-long"
+@pytest.mark.parametrize("call", ["open", "write", "fsync", "rename", "close", "posix_fadvise"])
+def test_push_many_on_a_bad_disk_has_pushed_a_prefix(
+    directory: Path, monkeypatch: pytest.MonkeyPatch, call: str
+) -> None:
+    """Whichever system call fails: a prefix is pushed, nothing is left in creating/, no open file."""
+    items = [b"%d" % n for n in range(5)]
+    for at in range(14):
+        q = FemtoQueue(directory / str(at), "node", sync_after_write=True)
+        open_files = len(os.listdir("/proc/self/fd"))
+        with monkeypatch.context() as patch:
+            break_call(patch, call, at)
+            try:
+                q.push_many(items)
+                assert q.counts()["pending"] == 5
+            except OSError:
+                pass
+        assert len(os.listdir("/proc/self/fd")) <= open_files + (call == "close")
+        pushed = drained(q)
+        assert pushed == items[: len(pushed)]
+        assert names(directory / str(at), "creating") == []
+        assert drained(q) == []
 
 
-objects = st.lists(
-    st.tuples(st.sampled_from(PLACES), near_names(), st.sampled_from(KINDS)), min_size=8, max_size=40
-)
+@durable_or_not
+@pytest.mark.parametrize("call", ["open", "read", "write", "rename", "fsync", "close", "unlink"])
+def test_push_file_that_fails_leaves_the_file_where_it_was(
+    directory: Path, places: list[Path], monkeypatch: pytest.MonkeyPatch, durable: bool, call: str
+) -> None:
+    """A failed system call: the file is where it was and no task, so the call can be made again."""
+    for at, place in itertools.product(range(4), places):
+        q = FemtoQueue(directory / f"{at}{place.name}", "node", sync_after_write=durable)
+        source = place / "file"
+        source.write_bytes(b"x")
+        with monkeypatch.context() as patch:
+            break_call(patch, call, at)
+            with contextlib.suppress(OSError):
+                q.push_file(source, move=True)
+                source.write_bytes(b"it is a task, so the place is free")
+        if source.read_bytes() == b"x":
+            assert drained(q) == []
+            q.push_file(source, move=True)
+        assert drained(q) == [b"x"]
 
 
-def is_ours(place: str, name: str, kind: str) -> bool:
-    """May the queue move or delete this? Written apart from femtoqueue's own parser."""
-    folder = place.split("/")[0]
-    owner = r"[^~/]+~[0-9]+~[^~/]+~[^~/]+~[^~/]+"
-    if kind in ("directory", "full directory"):  # what is in there is a task, once it has such a name
-        pattern = {"pending": "[0-9]{16}", "scheduled": "[0-9]{16}", "in_progress": owner}.get(place)
-        return pattern is not None and re.fullmatch(pattern, name, re.ASCII) is not None
-    if kind != "file" or place in ("", "in_progress"):
-        clock = re.fullmatch(r"clock-[0-9a-f]+\.[0-9]+", name, re.ASCII)  # of an earlier boot
-        return kind == "file" and place == "" and clock is not None
-    if folder == "creating":
-        return re.match(owner + "~[0-9]{16}", name, re.ASCII) is not None
-    id = re.fullmatch(r"([0-9]{16}_[^~]*)(~[0-9]{1,9}(~[0-9]{16})?)?", name, re.ASCII | re.DOTALL)
-    return id is not None and name.isprintable() and len(os.fsencode(id[1])) <= 220
+@pytest.mark.parametrize("call", ["push", "schedule", "push_file"])
+def test_a_push_whose_file_was_deleted(
+    directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str
+) -> None:
+    """Somebody empties creating/ during a push: it raises FileNotFoundError, and there is no task."""
+    queue = FemtoQueue(directory, "a")
+    real = os.rename
+
+    def too_late(source: str, target: str) -> None:
+        Path(source).unlink(missing_ok=True)
+        real(source, target)
+
+    monkeypatch.setattr(os, "rename", too_late)
+    with pytest.raises(FileNotFoundError) as caught:
+        if call == "push":
+            queue.push(b"x")
+        elif call == "schedule":
+            queue.schedule(b"x", 1_790_000_000_000_000)
+        else:
+            queue.push_file(put(tmp_path / "file"))
+    assert caught.value.filename.startswith(f"{directory}/creating/")
+    assert not any(queue.counts().values())
+    monkeypatch.setattr(os, "rename", real)
+    queue.push(b"again")
+    assert drained(queue) == [b"again"]
 
 
-def make_object(path: Path, kind: str, outside: Path) -> None:
-    if kind == "file":
-        path.write_bytes(b"hostile")
-    elif kind.endswith("directory"):
-        path.mkdir()
-        if kind == "full directory":
-            (path / "0000000000000001_inside").write_bytes(b"hostile")
-    elif kind == "fifo":
-        os.mkfifo(path)
+@pytest.mark.parametrize("call", ["cancel", "cancel scheduled", "requeue failed", "requeue done"])
+def test_cancel_and_requeue_can_be_made_again(
+    directory: Path, monkeypatch: pytest.MonkeyPatch, call: str
+) -> None:
+    """One whose fsync failed raises OSError; made again it returns True, and is on disk then."""
+    call, _, state = call.partition(" ")
+    for at in itertools.count():
+        q = FemtoQueue(directory / str(at), "node", sync_after_write=True)
+        if state == "scheduled":
+            id = q.schedule(b"x", time.time_ns() // 1000 + 10**10)
+        else:
+            id = q.push(b"x")
+        if call == "requeue":
+            (q.fail if state == "failed" else q.done)(q.pop())
+        where = {path.parent for path in (directory / str(at)).rglob(f"{id}*")}
+        with pytest.MonkeyPatch.context() as patch:
+            log: list[Path | None] = []  # what was synced, and None for a change
+            count = itertools.count()
+
+            def change(real: Callable[..., None], *paths: str, log: list[Path | None] = log) -> None:
+                real(*paths)
+                log.append(None)
+
+            def sync(descriptor: int, log: list = log, count: Iterator = count, at: int = at) -> None:
+                if next(count) == at:
+                    raise OSError(errno.EIO, os.strerror(errno.EIO))
+                log.append(Path(os.readlink(f"/proc/self/fd/{descriptor}")))
+
+            for name in ("rename", "unlink"):
+                patch.setattr(os, name, functools.partial(change, getattr(os, name)))
+            patch.setattr(os, "fsync", sync)
+            try:
+                assert getattr(q, call)(id) is True
+                break  # there were fewer calls than that
+            except OSError as error:
+                assert error.errno == errno.EIO and error.filename
+            assert getattr(q, call)(id) is True
+        if call == "requeue":
+            assert q.status(id) == "pending"
+            where |= {path.parent for path in (directory / str(at)).rglob(f"{id}*")}
+        else:
+            assert q.status(id) is None
+        assert where <= {*log[len(log) - log[::-1].index(None) :]}, "not synced after the change"
+        assert getattr(q, call)(id) is False, "once was enough"
+    assert at > 0
+
+
+def put_stuck(queue: FemtoQueue, place: str, clock: Time) -> str:
+    """Add the task b"stuck"; return the part of its path that tells it, or where it lies."""
+    if place == "due":
+        id = queue.schedule(b"stuck", int(clock.wall * 1e6) + 1_000_000)
     else:
-        path.symlink_to(outside / {"link": "file", "directory link": "", "dangling": "none"}[kind])
+        id = queue.push(b"stuck")
+    if place in ("claim", "owner"):
+        other = FemtoQueue(queue.data_dir, "other")
+        assert other.pop()
+        del other  # its claim is abandoned
+    clock.advance(2_000)  # whatever comes now is in another bucket
+    [path] = Path(queue.data_dir).rglob(f"{id}*")
+    return path.parent.name if place in ("bucket", "owner") else id
 
 
-def snapshot_proof(path: Path) -> tuple[int, int, int]:
-    info = os.lstat(path)
-    return info.st_ino, info.st_mode, info.st_nlink
+@pytest.mark.parametrize(
+    ("place", "what", "code"),
+    [
+        ("pending", "move", errno.EACCES),
+        ("pending", "move", errno.EPERM),
+        ("pending", "open", errno.EACCES),
+        ("pending", "open", errno.EIO),
+        ("bucket", "list", errno.EACCES),
+        ("due", "move", errno.EACCES),
+        ("claim", "move", errno.EACCES),
+        ("owner", "list", errno.EACCES),
+    ],
+    ids=lambda value: errno.errorcode[value] if isinstance(value, int) else value,
+)
+def test_a_task_that_cannot_be_had_holds_up_no_other(
+    directory: Path,
+    clock: Time,
+    refuse: Refusal,
+    caplog: pytest.LogCaptureFixture,
+    place: str,
+    what: str,
+    code: int,
+) -> None:
+    """What may not be read or moved is logged and stays; pop goes on, and at the end raises OSError."""
+    queue = FemtoQueue(directory, "a")
+    part = put_stuck(queue, place, clock)
+    [path] = [path for path in directory.rglob("*_*") if path.is_file()]
+    queue.push_many([b"1", b"2"])
+    refuse(what, part, code)
+    for worker in (queue, FemtoQueue(directory, "b")):
+        assert drained_one(worker) in (b"1", b"2")
+    assert part in caplog.text
+    assert {record.name for record in caplog.records} == {"femtoqueue"}
+    for worker in (queue, queue, FemtoQueue(directory, "b")):
+        with pytest.raises(OSError) as caught:
+            worker.pop()
+        assert (caught.value.errno, part in caught.value.filename) == (code, True)
+        assert path.read_bytes() == b"stuck"
+    queue.push(b"3")
+    assert drained_one(queue) == b"3"
+    refuse.rules.clear()
+    task = queue.pop()
+    assert task and task.data == b"stuck"
+    assert task.attempt == (2 if place in ("claim", "owner") else 1)
 
 
-everything = [
-    (place, name.format(time=f"{(1, 1_799_000_000_000_000, 9 * 10**15)[n % 3] + n:016d}", n=n), kind)
-    for n, (place, name, kind) in enumerate(itertools.product(PLACES, NAMES, dict.fromkeys(KINDS)))
+@needs_root
+@pytest.mark.parametrize("hidden", ["file", "bucket", "owner"])
+def test_what_another_user_hides_holds_up_no_other(open_to_all: Path, hidden: str) -> None:
+    """The same with a real process of another user, who may not read a file or a directory."""
+    queue = FemtoQueue(open_to_all, "node-1")
+    id = OLD_ID.partition(".")[0]
+    put(open_to_all / "pending" / "1700000000000000" / id)
+    if hidden == "owner":
+        assert queue.pop()
+        [own] = (open_to_all / "in_progress").iterdir()
+        own.rename(own.with_name(DEAD_OWNER.replace("host", "node-2")))
+    queue.push(b"2")
+    for path in [open_to_all, *open_to_all.rglob("*")]:
+        path.chmod(0o777)
+    [stuck] = open_to_all.rglob(f"{id}*")
+    obstacle = stuck if hidden == "file" else stuck.parent
+    obstacle.chmod(0o700)
+    code = """
+queue = FemtoQueue(sys.argv[1], "node-2")
+task = queue.pop()
+queue.done(task)
+try:
+    print(task.data, queue.pop())
+except PermissionError as error:
+    print(task.data, sys.argv[2] in error.filename)
+"""
+    assert run("import logging" + AS_NOBODY + code, open_to_all, obstacle.name) == "b'2' True\n"
+    assert stuck.read_bytes() == b"x"
+
+
+@pytest.mark.parametrize("place", ["pending", "bucket", "owner"])
+def test_run_does_not_end_by_a_task_that_cannot_be_had(
+    directory: Path, clock: Time, refuse: Refusal, place: str
+) -> None:
+    """run goes on as long as there is other work, and never says that a queue is empty that is not."""
+    queue = FemtoQueue(directory, "a")
+    part = put_stuck(queue, place, clock)
+    queue.push(b"3")
+    refuse("move" if place == "pending" else "list", part, errno.EACCES)
+    handled = []
+
+    def handle(task: FemtoTask) -> None:
+        handled.append(task.data)
+        if task.data != b"0":
+            queue.push(b"%d" % (int(task.data) - 1))
+
+    with pytest.raises(PermissionError, match=re.escape(part)):
+        queue.run(handle, until_empty=True)
+    assert handled == [b"3", b"2", b"1", b"0"]
+
+
+def test_purged_while_it_is_looked_at(directory: Path, vanish: Callable[[Path], None]) -> None:
+    """That another process purges a finished task meanwhile is no error of status, requeue or pop."""
+    queue = FemtoQueue(directory, "a")
+    looked, requeued, twice = ids = queue.push_many([b"1", b"2", b"3"])
+    queue.done(queue.pop())
+    queue.done(queue.pop())
+    queue.retry(queue.pop())
+    [pending] = (directory / "pending").rglob(f"{twice}~1")
+    os.link(pending, directory / "done" / twice)  # as healing a distributed filesystem leaves it
+    for id in ids:
+        vanish(directory / "done" / id)
+    assert queue.status(looked) in ("done", None)
+    assert queue.requeue(requeued) is False
+    assert queue.pop() is None, "it was finished"
+    assert [queue.status(id) for id in ids] == [None] * 3
+
+
+@needs_root
+@pytest.mark.parametrize("clock_file", ["with", "without"])
+def test_looking_takes_no_more_than_the_right_to_read(open_to_all: Path, clock_file: str) -> None:
+    """status, counts and ids, and the commands status and list, work for who may only read."""
+    queue = FemtoQueue(open_to_all, "node-1")
+    ids = queue.push_many([b"done", b"failed", b"corrupt", b"claimed", b"pending"])
+    next((open_to_all / "pending").rglob(ids[2])).write_bytes(b"broken")
+    queue.done(queue.pop())
+    queue.fail(queue.pop())
+    claimed = queue.pop()
+    assert claimed and claimed.data == b"claimed"
+    ids.append(queue.schedule(b"scheduled", time.time_ns() // 1000 + 10**10))
+    if clock_file == "without":
+        [path] = open_to_all.glob("clock-*")
+        path.unlink()
+    before = snapshot(open_to_all, times=True)
+    # The standard library may lie where nobody else can read it.
+    imports = "import argparse, datetime, json, locale, logging, shutil"
+    looker = """
+queue = FemtoQueue(sys.argv[1], "reader")
+print([queue.status(id) for id in sys.argv[2:]], sum(queue.counts().values()))
+assert {state: len(list(queue.ids(state))) for state in STATES} == queue.counts()
+for command in (["status"], ["status", "--json"], *(["list", state] for state in STATES)):
+    assert femtoqueue.main([sys.argv[1], *command]) == 0, command
+for call in (lambda: queue.push(b"x"), queue.pop):
+    try:
+        print("no error:", call())
+    except PermissionError as error:
+        print(error.filename.startswith(sys.argv[1]))
+"""
+    first, *lines = run(imports + AS_NOBODY + looker, open_to_all, *ids).splitlines()
+    states = ["done", "failed", "corrupt", "in_progress", "pending", "scheduled"]
+    assert first == f"{states} 6"
+    assert lines[-2:] == ["True", "True"]
+    listed = [ids[states.index(state)] for state in STATES]
+    assert lines[-8:-2] == listed
+    assert all(state in "".join(lines) for state in STATES)
+    assert snapshot(open_to_all, times=True) == before
+
+
+# --- 8: many threads, and fork ------------------------------------------------------------------------
+
+
+def test_threads(directory: Path) -> None:
+    """One object may be used by many threads: nothing is delivered twice, nothing is lost."""
+    queue = FemtoQueue(directory, "a")
+    found: list[tuple[str, bytes]] = []
+    pushed: list[str] = []
+    errors: list[BaseException] = []
+
+    def work(number: int) -> None:
+        try:
+            for count in range(150):
+                pushed.append(queue.push(b"%d" % (number * 1_000 + count)))
+                if count % 3:
+                    take()
+            while take():
+                pass
+        except BaseException as error:
+            errors.append(error)
+
+    def take() -> bool:
+        task = queue.pop()
+        if task:
+            found.append((task.id, task.data))
+            queue.done(task)
+        return task is not None
+
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    try:
+        threads = [threading.Thread(target=work, args=(number,)) for number in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(before)
+    assert not errors
+    assert sorted(id for id, _ in found) == sorted(pushed) and len(set(pushed)) == 1_200
+    assert {data for _, data in found} == {
+        b"%d" % (n * 1_000 + c) for n in range(8) for c in range(150)
+    }
+    assert queue.counts()["done"] == 1_200
+
+
+def owners(directory: Path) -> set[int]:
+    """The PIDs of all who hold claims."""
+    claims = (directory / "in_progress").glob("*/*")
+    return {int(path.parent.name.split("~")[1]) for path in claims}
+
+
+def test_fork(directory: Path, queue: FemtoQueue) -> None:
+    """An object may be carried through fork: the child claims as itself, the parent keeps its own."""
+    mine = queue.pop()
+    assert mine
+    reader, writer = os.pipe()
+
+    def claim_and_wait() -> None:
+        assert queue.pop()
+        queue.push(b"c")
+        os.write(writer, b"claimed")
+        signal.pause()
+
+    child = forked(claim_and_wait)
+    os.close(writer)  # so that its death ends the read
+    try:
+        assert os.read(reader, 7) == b"claimed"
+        assert owners(directory) == {os.getpid(), child}
+        assert drained(queue) == [b"c"]
+    finally:
+        os.close(reader)
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+    assert drained(FemtoQueue(directory, "node-2")) == [b"b"]
+    queue.done(mine)
+
+
+def test_the_child_ends(directory: Path, queue: FemtoQueue) -> None:
+    """What a forked child does with its copy, and its end, leave the parent's claims alone."""
+    mine = queue.pop()
+    assert mine
+
+    def work() -> None:
+        queue.push(b"c")
+        assert drained(queue) == [b"b", b"c"]
+        queue.close()
+
+    assert os.waitpid(forked(work), 0)[1] == 0
+    assert drained(FemtoQueue(directory, "node-1")) == []
+    queue.push(b"d")
+    assert drained(queue) == [b"d"]
+    queue.done(mine)
+
+
+def test_fork_makes_other_ids(directory: Path, queue: FemtoQueue) -> None:
+    """Parent and child never make the same id, not even in the same microsecond."""
+    time_us = int(time.time() * 1e6) + 60_000_000
+
+    def schedule() -> None:
+        for _ in range(100):
+            queue.schedule(b"same", time_us)
+
+    child = forked(schedule)
+    schedule()
+    assert os.waitpid(child, 0)[1] == 0
+    assert queue.counts()["scheduled"] == 200
+
+
+@pytest.mark.parametrize("keep", [True, False])
+@pytest.mark.parametrize("call", ["done", "retry"])
+def test_a_forked_child_finishes(directory: Path, call: str, keep: bool) -> None:
+    """A task popped before the fork may be finished by the child; the parent gets NotInProgress."""
+    queue = FemtoQueue(directory, "node-1", keep_done=keep)
+    queue.push(b"a")
+    mine = queue.pop()
+    assert mine
+    assert os.waitpid(forked(lambda: getattr(queue, call)(mine)), 0)[1] == 0
+    with pytest.raises(NotInProgress):
+        queue.done(mine)
+    assert drained(queue) == ([b"a"] if call == "retry" else [])
+
+
+def claim_for_the_parent(queue: FemtoQueue, mine: FemtoTask, pipe: object) -> None:
+    """What the child of `test_multiprocessing` does."""
+    claim = queue.pop()
+    queue.done(mine)
+    pipe.send((os.getpid(), claim))  # type: ignore[attr-defined]
+    pipe.recv()  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_multiprocessing(directory: Path, queue: FemtoQueue, method: str) -> None:
+    """Queue and task may be passed to a child of multiprocessing; it claims as itself."""
+    mine = queue.pop()
+    assert mine
+    context = multiprocessing.get_context(method)
+    here, there = context.Pipe()
+    child = context.Process(target=claim_for_the_parent, args=(queue, mine, there))
+    child.start()
+    there.close()  # so that its death ends the recv
+    try:
+        pid, claim = here.recv()
+        assert owners(directory) == {pid} == {child.pid}
+        assert queue.status(mine.id) == "done"
+        assert queue.pop() is None, "the child is alive"
+        queue.done(claim)
+        here.send("end")
+        child.join()
+        assert child.exitcode == 0
+    finally:
+        child.kill()
+        child.join()
+    assert queue.status(claim.id) == "done" and claim.data == b"b"
+
+
+# --- 9: no thread, no signal handler, no open file ----------------------------------------------------
+
+
+@durable_or_not
+def test_no_thread_no_signal_handler_no_open_file(
+    directory: Path, tmp_path: Path, durable: bool
+) -> None:
+    """No call but run leaves a thread, a signal handler or an open file, nor has one meanwhile."""
+
+    def held() -> tuple[object, ...]:
+        handlers = [signal.getsignal(number) for number in sorted(signal.valid_signals())]
+        return threading.enumerate(), handlers, os.listdir("/proc/self/fd")
+
+    before = held()
+    with FemtoQueue(directory, "node", sync_after_write=durable) as q:
+        ids = [q.push(b"1"), *q.push_many([b"2", bytes(2 << 20), b"4"])]
+        ids += [q.push_file(put(tmp_path / "file"), move=True), q.schedule(b"6", 10**15)]
+        assert held() == before
+        for finish in (q.done, q.fail, q.retry, q.touch):
+            task = q.pop(timeout=1)
+            assert task and held() == before
+            assert task.data
+            finish(task)
+        assert q.pop() and q.pop() and q.pop()
+        assert q.pop(timeout=0.02) is None and not q.join(timeout=0.02)
+        assert q.requeue(ids[0]) and q.cancel(ids[0]) and q.purge("failed", 0) == 1
+        assert sum(q.counts().values()) == sum(bool(q.status(id)) for id in ids) == 4
+        assert next(q.ids("in_progress"))
+        assert held() == before
+    assert held() == before
+
+
+def test_run_leaves_no_thread_and_no_reference_behind(directory: Path, unlogged: None) -> None:
+    """A heartbeat only while run is running; the last reference dropped, the object is gone at once."""
+    q = FemtoQueue(directory, "node", max_attempts=1)
+    q.push_many([b"1", b"fails", b"3"])
+    held = q.pop()
+    threads = threading.active_count()
+    running = []
+
+    def handle(task: FemtoTask) -> None:
+        running.append(threading.active_count())
+        if task.data == b"fails":
+            raise ValueError("fails")
+
+    assert q.run(handle, until_empty=True) == 1
+    assert running == [threads + 1] * 2
+    assert threading.active_count() == threads
+    gone = weakref.ref(q)
+    gc.disable()
+    try:
+        del q
+        assert gone() is None
+    finally:
+        gc.enable()
+    assert FemtoQueue(directory, "other").pop().id == held.id
+
+
+def test_run_restores_the_signal_handlers_before_it(directory: Path) -> None:
+    """run sets its handlers while it runs, and leaves those that it found, however it ends."""
+    q = FemtoQueue(directory, "node")
+    q.push_many([b"1", b"2"])
+    numbers = (signal.SIGTERM, signal.SIGINT)
+    found = [lambda *_: None, signal.SIG_IGN]
+    before = [signal.signal(number, handler) for number, handler in zip(numbers, found, strict=True)]
+    try:
+        during = []
+
+        def handle(task: FemtoTask) -> None:
+            during.extend(map(signal.getsignal, numbers))
+            if task.data == b"2":
+                raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            q.run(handle, until_empty=True)
+        assert list(map(signal.getsignal, numbers)) == found
+        assert len(during) == 4 and not set(during) & set(found)
+    finally:
+        for number, handler in zip(numbers, before, strict=True):
+            signal.signal(number, handler)
+
+
+def test_run_in_another_thread_sets_no_signal_handlers(directory: Path) -> None:
+    """run works in a thread that is not the main one, and leaves signals alone there."""
+    q = FemtoQueue(directory, "node")
+    q.push(b"x")
+    numbers = (signal.SIGTERM, signal.SIGINT)
+    before = list(map(signal.getsignal, numbers))
+    seen: list[object] = []
+
+    def handle(task: FemtoTask) -> None:
+        seen.append(list(map(signal.getsignal, numbers)))
+
+    thread = threading.Thread(target=lambda: seen.append(q.run(handle, until_empty=True)))
+    thread.start()
+    thread.join(30)
+    assert seen == [before, 1]
+
+
+# --- 10: what does not grow ---------------------------------------------------------------------------
+
+
+def test_what_a_task_costs_does_not_grow(scratch: Path, clock: Time) -> None:
+    """A task's system calls, and the entries listed for it, do not grow with what the queue holds."""
+
+    def cost(directory: Path) -> tuple[int, int]:
+        """The filesystem calls, and the directory entries read, of 300 tasks that come and go."""
+        listed = 0
+
+        def count(name: str, *args: Any, **kwargs: Any) -> Any:
+            nonlocal listed
+            if name == "scandir":
+                listed += len(os.listdir(args[0]))
+            return REAL[name](*args, **kwargs)
+
+        queue = FemtoQueue(directory, "node")
+        with Steps(1, count, once=False) as steps:
+            for number in range(300):
+                queue.push(b"%d" % number)
+                clock.advance(0.01)
+                task = queue.pop()
+                assert task
+                queue.done(task)
+        return steps.count, listed
+
+    calls, listed = cost(scratch / "small")
+    queue = FemtoQueue(scratch / "large", "node")
+    now_us = int(clock.wall * 1e6)
+    for number in range(3_000):  # done, pending, and scheduled for later
+        queue.push(b"x")
+        if number % 3 == 0:
+            queue.done(queue.pop())  # type: ignore[arg-type]
+        queue.schedule(b"later", now_us + 3_600_000_000 * (2 + number))
+    more_calls, more_listed = cost(scratch / "large")
+    figure("costs", calls=calls, among_thousands=more_calls, entries=listed, of_thousands=more_listed)
+    assert more_calls < 1.1 * calls
+    assert more_listed < listed + 2 * 3_000  # each look lists the buckets, and one of them is opened
+
+
+def calls_of(work: Callable[[], object]) -> list[str]:
+    """The names of the filesystem calls that `work` makes, in order."""
+    names: list[str] = []
+
+    def note(name: str, *args: Any, **kwargs: Any) -> Any:
+        names.append(name)
+        return REAL[name](*args, **kwargs)
+
+    with Steps(1, note, once=False):
+        work()
+    return names
+
+
+def test_system_calls_of_a_task_are_those_of_the_floor(directory: Path, clock: Time) -> None:
+    """Create, write, close, rename; rename, open, read, close; rename: nothing else, from push to done."""
+    q = FemtoQueue(directory, "node")
+    q.push_many([b"1", b"2"])
+    q.done(q.pop())
+    assert calls_of(lambda: q.push(b"x" * 100)) == ["open", "write", "close", "rename"]
+    tasks: list[FemtoTask] = []
+    assert calls_of(lambda: tasks.append(q.pop())) == ["rename", "open", "read", "close"]
+    assert calls_of(lambda: q.done(tasks[0])) == ["rename"]
+
+
+def test_system_calls_of_a_durable_task(directory: Path, clock: Time) -> None:
+    """A durable push is write, fsync, rename, fsync; many together sync their directory once."""
+    q = FemtoQueue(directory, "node", sync_after_write=True)
+    for _ in range(3):  # beyond the bucket that all share
+        q.push(b"x")
+    assert calls_of(lambda: q.push(b"x")) == [
+        *("open", "write", "fsync", "close", "rename"),
+        *("open", "fsync", "close"),
+    ]
+    q.push_many([b"x"] * 10)
+    calls = calls_of(lambda: q.push_many([b"x"] * 100))
+    assert calls.count("rename") == 100
+    assert calls.count("fsync") == 101
+
+
+@pytest.mark.parametrize("backlog", [2_000, 20_000])
+def test_a_backlog_costs_nothing(directory: Path, clock: Time, backlog: int) -> None:
+    """However many wait, the first pop reads one bucket in little memory, and a later one reads none."""
+    FemtoQueue(directory, "node").push_many([b""] * backlog)
+    clock.advance(1)
+    q = FemtoQueue(directory, "node")
+    tracemalloc.start()
+    try:
+        first = calls_of(q.pop)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert first.count("scandir") <= 8, "creating, in_progress, scheduled, pending, and a bucket or two"
+    assert peak < 2_000_000
+    later = calls_of(lambda: [q.pop() for _ in range(500)])
+    assert later.count("scandir") == 0 and len(later) == 4 * 500
+
+
+def test_a_drained_queue_costs_what_a_new_one_does(directory: Path, clock: Time) -> None:
+    """Once the emptied buckets are gone, a look at the empty queue makes the calls of the first one."""
+    q = FemtoQueue(directory, "node", keep_done=False)
+    q.push(b"")
+    q.done(q.pop())
+    clock.advance(3)
+    assert q.pop() is None
+    new = calls_of(q.pop)
+    q.push_many([b""] * 5_000)
+    while task := q.pop():
+        q.done(task)
+    clock.advance(3)
+    assert q.pop() is None
+    assert calls_of(q.pop) == new
+    assert len(new) <= 16
+
+
+def test_what_is_scheduled_for_later_costs_nothing(directory: Path, clock: Time) -> None:
+    """Tasks for later are not listed: only their buckets are, by name."""
+    q = FemtoQueue(directory, "node", keep_done=False)
+
+    def cycle() -> list[str]:
+        clock.advance(2)
+        return calls_of(lambda: (q.push(b""), q.done(q.pop()), q.pop()))
+
+    cycle()
+    before = cycle()
+    due_us = int((clock.wall + 86_400) * 1e6)
+    for n in range(3_000):
+        q.schedule(b"", due_us + n * 1_000)
+    cycle()
+    assert cycle() == before
+
+
+def test_what_is_done_costs_nothing(directory: Path, clock: Time) -> None:
+    """Neither push nor pop nor done ever lists what was finished."""
+    q = FemtoQueue(directory, "node")
+    q.push_many([b""] * 2_000)
+    while task := q.pop():
+        q.done(task)
+    listed: list[str] = []
+
+    def note(name: str, *args: Any, **kwargs: Any) -> Any:
+        if name == "scandir":
+            listed.append(os.path.basename(args[0]))
+        return REAL[name](*args, **kwargs)
+
+    with Steps(1, note, once=False):
+        clock.advance(2)
+        q.push(b"")
+        q.done(q.pop())
+        assert q.pop() is None
+    assert listed and not {"done", "failed", "corrupt"} & set(listed)
+
+
+def test_due_tasks_are_moved_a_thousand_at_a_time(directory: Path, clock: Time) -> None:
+    """When very many fall due at once, one pop moves a thousand: none stalls."""
+    q = FemtoQueue(directory, "node")
+    due_us = int((clock.wall + 60) * 1e6)
+    for n in range(2_500):
+        q.schedule(b"", due_us + n)
+    clock.advance(120)
+    calls = calls_of(q.pop)
+    assert (
+        calls.count("rename") <= 1_000 + 1_000 + 1
+    )  # moved, or sorted into a closer bucket; and claimed
+
+
+def test_many_idle_owners_cost_nothing(directory: Path, clock: Time) -> None:
+    """A hundred idle workers leave no directory behind for the others to list."""
+    idle = [FemtoQueue(directory, f"node-{n}") for n in range(100)]
+    for q in idle:
+        q.push(b"")
+        q.done(q.pop())
+    clock.advance(3)
+    for q in idle:
+        assert q.pop() is None
+    assert os.listdir(directory / "in_progress") == []
+    assert len(calls_of(idle[0].pop)) <= 16
+
+
+def test_ids_of_pending_are_lazy(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first ids of a long queue cost one directory, not all of them."""
+    q = FemtoQueue(directory, "node")
+    for n in range(50):
+        bucket = directory / "pending" / f"{1_790_000_000_000_000 + n * 10**9}"
+        bucket.mkdir()
+        (bucket / f"{bucket.name}_x").write_bytes(b"")
+    opened = []
+    real = os.scandir
+    monkeypatch.setattr(os, "scandir", lambda path: (opened.append(path), real(path))[1])
+    ids = q.ids("pending")
+    assert next(ids).startswith("1790000000000000_")
+    assert len(opened) <= 3
+    assert len(list(ids)) == 49
+
+
+def test_a_gigabyte_goes_through_in_32_megabytes(places: list[Path]) -> None:
+    """push_file, pop and task.path stream: 1 GiB in 32 MB of memory."""
+    peak_kb = run(
+        """
+place = sys.argv[1]
+with open(f"{place}/file", "wb") as file:
+    file.write(b"begin")
+    file.truncate(1 << 30)
+q = FemtoQueue(f"{place}/big", "node")
+q.push_file(f"{place}/file")
+task = q.pop()
+with open(task.path, "rb") as file:
+    size = sum(map(len, iter(lambda: file.read(1 << 20), b"")))
+assert size == 1 << 30
+q.done(task)
+# Not ru_maxrss: that begins with what the parent had when it forked.
+print(next(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM")))
+""",
+        places[-1],
+    )
+    assert int(peak_kb) < 32_000
+
+
+def test_waiting_burns_no_core(directory: Path) -> None:
+    """A worker that waits hardly uses the processor."""
+    code = """
+import resource
+queue = FemtoQueue(sys.argv[1], "worker")
+queue.pop()
+def used_s():
+    usage = resource.getrusage(resource.RUSAGE_SELF)
+    return usage.ru_utime + usage.ru_stime
+before_s = used_s()
+queue.pop(timeout=1)
+print(used_s() - before_s)
+"""
+    assert float(run(code, directory)) < 0.1
+
+
+def test_the_module_imports_little() -> None:
+    """import femtoqueue costs 15 ms: what only the command line or a warning needs is left out."""
+    path = f"sys.path.insert(0, {str(MODULE.parent)!r})"
+    code = f"import sys; {path}; import femtoqueue; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-I", "-S", "-c", code], capture_output=True, check=True)
+    costly = {"argparse", "logging", "typing", "dataclasses", "re", "datetime", "json", "hashlib"}
+    costly |= {"subprocess", "signal", "queue", "inspect", "tempfile", "enum", "random", "uuid"}
+    assert not costly & set(done.stdout.decode().split())
+
+
+# ====================================================================================================
+# The command line
+# ====================================================================================================
+
+
+class Shell:
+    """Runs `python femtoqueue.py DIR ...` as a user would."""
+
+    def __init__(self, directory: Path, guard: Callable[[Process], Process] = lambda p: p) -> None:
+        self.command = [sys.executable, str(MODULE), str(directory)]
+        self.guard = guard
+
+    def __call__(
+        self, *arguments: object, stdin: bytes = b"", status: int = 0, **variables: str
+    ) -> list[str]:
+        """Run a command; return the lines it printed, or if `status` is an error, its complaint."""
+        done = subprocess.run(
+            [*self.command, *map(str, arguments)],
+            input=stdin,
+            capture_output=True,
+            env=os.environ | variables,
+            timeout=60,
+            check=False,
+        )
+        complaint = done.stderr.decode()
+        assert done.returncode == status, complaint
+        assert "Traceback" not in complaint
+        if status:
+            return [*done.stdout.decode().splitlines(), complaint]
+        assert not complaint
+        return done.stdout.decode().splitlines()
+
+    def start(self, *arguments: object) -> Process:
+        """Start a command in a process group of its own, as a shell does."""
+        pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+        command = [*self.command, *map(str, arguments)]
+        return self.guard(subprocess.Popen(command, text=True, start_new_session=True, **pipes))
+
+    def piped(self, *arguments: str, behind: str) -> subprocess.CompletedProcess[bytes]:
+        """Run a command in a real shell, with a pipe or redirection behind it."""
+        line = f"{shlex.join([*self.command, *arguments])} {behind}"
+        return subprocess.run(["sh", "-c", line], check=False, capture_output=True, timeout=30)
+
+
+@pytest.fixture
+def shell(directory: Path, guard: Callable[[Process], Process]) -> Shell:
+    return Shell(directory, guard)
+
+
+def test_cli_push_and_list(directory: Path, tmp_path: Path, shell: Shell) -> None:
+    """push takes standard input, or files; it prints ids in order, and list prints them again."""
+    (tmp_path / "a").write_bytes(b"a")
+    (tmp_path / "-b").write_bytes(b"\xff\0")
+    ids = shell("push", stdin=b"from standard input\n")
+    ids += shell("push", "--", tmp_path / "a", tmp_path / "-b")
+    assert shell("list", "pending") == ids
+    q = FemtoQueue(directory, "node")
+    assert drained(q) == [b"from standard input\n", b"a", b"\xff\0"]
+    assert shell("list", "done") == ids
+    assert shell("list", "pending", status=1) == [""]
+
+
+def test_cli_push_streams_standard_input(directory: Path) -> None:
+    """push holds no more of its input in memory than a megabyte or two, and takes it from a pipe."""
+    peak_kb = run(
+        """
+import subprocess, threading
+megabyte = bytes(range(256)) * 4096
+read, write = os.pipe()
+def feed():
+    with os.fdopen(write, "wb") as file:
+        for _ in range(100):
+            file.write(megabyte)
+threading.Thread(target=feed).start()
+os.dup2(read, 0)
+os.close(read)
+femtoqueue.main([sys.argv[1], "push"])
+print(next(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM")))
+""",
+        directory,
+    ).split()[1]
+    assert int(peak_kb) < 40_000
+    task = FemtoQueue(directory, "node").pop()
+    assert os.path.getsize(task.path) == 100 << 20
+
+
+def test_cli_push_of_a_missing_file(tmp_path: Path, shell: Shell) -> None:
+    """A file that cannot be pushed is exit status 1; those before it were pushed, and say so."""
+    (tmp_path / "a").write_bytes(b"a")
+    id, complaint = shell("push", tmp_path / "a", tmp_path / "missing", status=1)
+    assert str(tmp_path / "missing") in complaint
+    assert shell("list", "pending") == [id]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        (),
+        ("nonsense",),
+        ("list",),
+        ("list", "creating"),
+        ("cancel",),
+        ("requeue",),
+        ("run",),
+        ("run", "--max-attempts", "0", "--", "true"),
+        ("run", "--max-attempts", "many", "--", "true"),
+        ("purge", "pending", "1d"),
+        ("purge", "done"),
+        ("purge", "done", "yesterday"),
+        ("purge", "done", "-1d"),
+        ("schedule",),
+        ("status", "--nonsense"),
+    ],
+    ids=" ".join,
+)
+def test_cli_usage_errors(shell: Shell, arguments: tuple[str, ...]) -> None:
+    """Wrong usage is exit status 2, with a hint and no traceback."""
+    shell("push", stdin=b"x")
+    *out, complaint = shell(*arguments, status=2)
+    assert out == [] and complaint.startswith("usage: ")
+
+
+@pytest.mark.parametrize("command", ["status", "list done", "cancel x", "requeue x", "purge done 1d"])
+def test_cli_looking_at_a_missing_directory(directory: Path, shell: Shell, command: str) -> None:
+    """Where there is no queue, looking says so, exits with 1, and makes nothing."""
+    *out, complaint = shell(*command.split(), status=1)
+    assert out == [] and str(directory) in complaint
+    assert not directory.exists()
+
+
+def test_cli_a_directory_that_cannot_be(tmp_path: Path) -> None:
+    """An error from the filesystem is exit status 1 and one line that names the path."""
+    (tmp_path / "file").write_bytes(b"x")
+    complaint = Shell(tmp_path / "file")("push", stdin=b"x", status=1)[-1]
+    assert str(tmp_path / "file") in complaint and complaint.count("\n") == 1
+
+
+def test_cli_status_leaves_a_directory_of_the_original_alone(directory: Path) -> None:
+    """Before a queue of the original femtoqueue is taken over, looking at it changes nothing in it."""
+    for state in ("creating", "pending", "scheduled", "done", "failed", "node-1"):
+        (directory / state).mkdir(parents=True)
+    for state in ("pending", "node-1"):
+        header = b"\x01" + bytes(7) + bytes(16)
+        (directory / state / f"1790000000000000_node-1_{state}").write_bytes(header + b"x")
+    before = snapshot(directory, times=True)
+    for command in ("status", "list pending", "purge done 0s"):
+        Shell(directory)(*command.split(), status=1)
+    assert snapshot(directory, times=True) == before
+
+
+def test_cli_status_table(directory: Path, shell: Shell) -> None:
+    """status shows each state with its count and oldest task, and each owner of tasks in progress."""
+    q = FemtoQueue(directory, "node-7")
+    q.push_many([b"1", b"2", b"3"])
+    q.pop()
+    lines = shell("status")
+    assert lines[0].split() == ["state", "count", "oldest"]
+    rows = {line.split()[0]: line.split()[1:] for line in lines[1:7]}
+    assert list(rows) == list(femtoqueue.STATES)
+    assert rows["pending"] == ["2", "0s"] and rows["in_progress"] == ["1", "0s"]
+    assert rows["done"] == ["0", "-"]
+    assert lines[7] == ""
+    assert lines[8].split() == ["node_id", "pid", "alive", "tasks", "lease_left"]
+    node_id, pid, alive, tasks, lease = lines[9].split()
+    assert (node_id, pid, alive, tasks) == ("node-7", str(os.getpid()), "yes", "1")
+    assert 25 <= int(lease.removesuffix("s")) <= 30
+    for block in (lines[:7], lines[8:]):
+        starts = {line.index(line.split()[1], len(line.split()[0])) for line in block}
+        assert len(starts) == 1, "columns are aligned"
+
+
+def test_cli_status_json(directory: Path, shell: Shell) -> None:
+    """status --json is for programs: numbers are numbers, and what is unknown is null."""
+    run("q = FemtoQueue(sys.argv[1], 'gone'); q.push(b'x'); q.pop()", directory)
+    FemtoQueue(directory, "node").schedule(b"later", time.time_ns() // 1_000 + 10**9)
+    (line,) = shell("status", "--json")
+    report = json.loads(line)
+    states = {row["state"]: row for row in report["states"]}
+    assert list(states) == list(femtoqueue.STATES)
+    assert states["in_progress"]["count"] == states["scheduled"]["count"] == 1
+    assert states["in_progress"]["oldest_s"] >= 0 > states["scheduled"]["oldest_s"]
+    assert states["done"]["oldest_s"] is None
+    (owner,) = report["owners"]
+    assert (owner["node_id"], owner["alive"], owner["tasks"]) == ("gone", "no", 1)
+    assert 20 < owner["lease_left_s"] <= 30
+
+
+def test_cli_watch_ends_at_ctrl_c(shell: Shell) -> None:
+    """status --watch repeats itself; Ctrl-C ends it as it ends other tools: by the signal, quietly."""
+    shell("push", stdin=b"x")
+    process = shell.start("status", "--watch")
+    expect(process, "state        count  oldest")
+    os.killpg(process.pid, signal.SIGINT)
+    out, status = ending(process)
+    assert status == -signal.SIGINT and "Traceback" not in out and "KeyboardInterrupt" not in out
+
+
+def test_cli_list_into_head_is_quiet(directory: Path, shell: Shell) -> None:
+    """A reader that has seen enough ends the command without a word."""
+    FemtoQueue(directory, "node")
+    for n in range(3_000):
+        (directory / "done" / f"{n:016d}_{'x' * 100}").touch()
+    done = shell.piped("list", "done", behind="| head -1")
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert done.stdout == b"0000000000000000_" + b"x" * 100 + b"\n"
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="there is no /dev/full")
+def test_cli_a_full_disk_behind_standard_output_is_an_error(shell: Shell) -> None:
+    """What could not be printed is exit status 1, not silence."""
+    shell("push", stdin=b"x")
+    done = shell.piped("list", "pending", behind="> /dev/full")
+    assert done.returncode == 1
+    assert b"No space left" in done.stderr and b"Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("command", ["push", "schedule +1m"])
+def test_cli_closed_standard_input(directory: Path, shell: Shell, command: str) -> None:
+    """Without a standard input, push and schedule fail with one line, and push no task."""
+    done = shell.piped(*command.split(), behind="<&-")
+    assert done.returncode == 1
+    assert done.stderr.startswith(b"femtoqueue: ") and done.stderr.count(b"\n") == 1
+    assert FemtoQueue(directory, "node").join(0)
+
+
+@pytest.mark.parametrize(
+    "when, due",
+    [
+        ("+90s", 90),
+        ("+10m", 600),
+        ("+1.5h", 5_400),
+        ("+2d", 172_800),
+        ("2030-01-01T12:00:00Z", 1_893_499_200.0),
+        ("2030-01-01T12:00:00+02:00", 1_893_492_000.0),
+        ("2030-01-01 12:00", 1_893_517_200.0),
+        ("2030-07-01", 1_909_108_800.0),
+        ("2030-01-01Z", 1_893_456_000.0),
+    ],
+)
+def test_cli_schedule(directory: Path, shell: Shell, when: str, due: float) -> None:
+    """WHEN is a wait, or an ISO time: of its own zone, UTC for Z, or local, summer time included."""
+    before = time.time()
+    (id,) = shell("schedule", when, stdin=b"x", TZ="EST5EDT,M3.2.0,M11.1.0")
+    assert shell("list", "scheduled") == [id]
+    due_s = int(names(directory, "scheduled")[0][-16:]) / 1e6
+    if isinstance(due, float):
+        assert due_s == due
+    else:
+        assert before + due - 0.001 <= due_s <= time.time() + due
+
+
+NONSENSE = """tomorrow + +m +10 +10x +-1m +nans +infd +1e300d +1e15d 1 1790000000
+    2030-13-01 2030-01-01T25:00 Z"""
+
+
+@pytest.mark.parametrize(
+    "when, zone",
+    [
+        *((when, "UTC") for when in ("", *NONSENSE.split())),
+        *itertools.product(["0001-01-01", "9999-12-31T23:59:59+00:00"], ["JST-9", "EST5"]),
+        ("9999-12-31T23:59:59", "EST5"),
+    ],
+)
+def test_cli_schedule_nonsense(directory: Path, shell: Shell, when: str, zone: str) -> None:
+    """A WHEN that is none is exit status 2, in every time zone, and no task."""
+    assert shell("schedule", when, stdin=b"x", status=2, TZ=zone)[-1].startswith("usage: ")
+    assert files(directory) == []
+
+
+def test_cli_cancel_and_requeue(directory: Path, shell: Shell) -> None:
+    """Each id is tried; exit status 1 says that of one or more nothing could be done, and of which."""
+    q = FemtoQueue(directory, "node")
+    ids = q.push_many([b"1", b"2", b"3"])
+    assert shell("cancel", ids[0]) == []
+    complaint = shell("cancel", ids[0], ids[1], "../x", status=1)[-1]
+    assert complaint == "".join(
+        f"femtoqueue: {id} is not pending or scheduled\n" for id in (ids[0], "../x")
+    )
+    q.fail(q.pop())
+    assert shell("requeue", ids[2]) == []
+    assert q.status(ids[2]) == "pending"
+    assert ids[2] in shell("requeue", ids[2], status=1)[-1]
+    assert list(q.ids("pending")) == [ids[2]]
+
+
+def test_cli_purge(directory: Path, shell: Shell) -> None:
+    """purge prints how many it deleted; none is exit status 1."""
+    q = FemtoQueue(directory, "node")
+    q.push_many([b"1", b"2"])
+    drained(q)
+    assert shell("purge", "done", "1h", status=1)[0] == "0"
+    assert shell("purge", "done", "0s") == ["2"]
+    assert shell("purge", "done", "0s", status=1)[0] == "0"
+
+
+def test_cli_run_hands_each_payload_to_a_command(directory: Path, shell: Shell) -> None:
+    """run gives the payload on standard input, and id, attempt and path in the environment."""
+    payload = bytes(range(256)) * 10_000
+    (id,) = shell("push", stdin=payload)
+    script = 'echo "$1 $FEMTOQUEUE_ID $FEMTOQUEUE_ATTEMPT"; cat >in; cat "$FEMTOQUEUE_PATH" >path'
+    script = f"cd {shlex.quote(str(directory.parent))}; {script}"
+    assert shell("run", "--until-empty", "--", "sh", "-c", script, "--", "-- x") == [f"-- x {id} 1"]
+    assert (directory.parent / "in").read_bytes() == payload
+    assert (directory.parent / "path").read_bytes() == payload
+    assert shell("list", "done") == [id]
+    assert shell("run", "--until-empty", "--", "true", status=1) == [""]
+
+
+def test_cli_run_keeps_the_double_dash_of_the_command(shell: Shell) -> None:
+    """Only the first -- is ours: what follows is the command's own, options and all."""
+    shell("push", stdin=b"-x\n")
+    assert shell("run", "--until-empty", "--", "grep", "--", "-x") == ["-x"]
+
+
+def test_cli_run_takes_the_exit_status_as_the_verdict(directory: Path, shell: Shell) -> None:
+    """0 is done; anything else, a signal and a missing command too, is retried, after a delay."""
+    verdicts = {b"true": "done", b"exit 3": "scheduled", b"kill -9 $$": "scheduled"}
+    ids = [shell("push", stdin=script)[0] for script in verdicts]
+    out, status = ending(shell.start("run", "--until-empty", "--", "sh"))
+    q = FemtoQueue(directory, "node")
+    assert [q.status(id) for id in ids] == list(verdicts.values())
+    assert status == 0
+    lines = out.splitlines()
+    assert len(lines) == 2 and all(line.startswith("femtoqueue: ") for line in lines)
+    assert ids[1] in lines[0] and "exit status 3" in lines[0]
+
+
+def test_cli_run_of_a_missing_command_is_wrong_usage(directory: Path, shell: Shell) -> None:
+    """A typo in the command is told at once: no task loses an attempt by it."""
+    shell("push", stdin=b"x")
+    assert "no-such-command" in shell("run", "--", "no-such-command", status=2)[-1]
+    assert FemtoQueue(directory, "node").pop().attempt == 1
+
+
+def test_cli_run_max_attempts(directory: Path, shell: Shell) -> None:
+    """--max-attempts N: the Nth failure is the last."""
+    (id,) = shell("push", stdin=b"x")
+    complaint = shell("run", "--until-empty", "--max-attempts", "1", "--", "false", status=1)[-1]
+    assert id in complaint
+    assert shell("list", "failed") == [id]
+
+
+def test_cli_run_path_outlives_a_renewed_lease(directory: Path, tmp_path: Path, shell: Shell) -> None:
+    """FEMTOQUEUE_PATH opens the payload even after the claim was renamed by a touch."""
+    (id,) = shell("push", stdin=b"payload")
+    os.mkfifo(tmp_path / "go")
+    script = 'echo begun; cat "$1" "$FEMTOQUEUE_PATH"'
+    process = shell.start("run", "--until-empty", "--", "sh", "-c", script, "-", tmp_path / "go")
+    expect(process, "begun")
+    (claim,) = (directory / "in_progress").rglob(f"{id}*")
+    FemtoQueue(directory, "node").touch(FemtoTask(id, b"", 1, str(claim)))
+    assert not claim.exists()
+    (tmp_path / "go").write_text("renewed ")
+    assert ending(process) == ("renewed payload", 0)
+    assert shell("list", "done") == [id]
+
+
+def test_cli_run_of_a_task_of_the_original(directory: Path, shell: Shell) -> None:
+    """Its payload alone is on standard input: no header."""
+    FemtoQueue(directory, "node")
+    path = Original.put(directory / "pending", 1_700_000_000_000_000, b"payload")
+    assert shell("run", "--until-empty", "--", "cat") == ["payload"]
+    assert shell("list", "done") == [path.name]
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
+def test_cli_ctrl_c_lets_the_command_finish(tmp_path: Path, shell: Shell, name: str) -> None:
+    """Ctrl-C, SIGTERM and a terminal that is closed end run after the command in hand."""
+    ids = [shell("push", stdin=b"x")[0], shell("push", stdin=b"y")[0]]
+    os.mkfifo(tmp_path / "go")
+    process = shell.start("run", "--", "sh", "-c", 'echo begun; cat "$1"', "-", tmp_path / "go")
+    expect(process, "begun")
+    os.killpg(process.pid, getattr(signal, name))
+    (tmp_path / "go").write_text("finished")
+    assert ending(process) == ("finished", 0)
+    assert shell("list", "done") == ids[:1]
+    assert shell("list", "pending") == ids[1:]
+
+
+def test_cli_run_under_nohup_outlives_the_terminal(tmp_path: Path, shell: Shell) -> None:
+    """Where SIGHUP is ignored, as nohup arranges it, it is not heeded."""
+    ids = [shell("push", stdin=b"x")[0], shell("push", stdin=b"y")[0]]
+    os.mkfifo(tmp_path / "go")
+    shell.command[:0] = ["env", "--ignore-signal=HUP"]
+    command = ("run", "--until-empty", "--", "sh", "-c", 'echo begun; cat "$1"', "-", tmp_path / "go")
+    process = shell.start(*command)
+    for answer in ("begun", "finished begun"):
+        expect(process, answer)
+        os.killpg(process.pid, signal.SIGHUP)
+        (tmp_path / "go").write_text("finished ")
+    assert ending(process) == ("finished ", 0)
+    assert shell("list", "done") == ids
+
+
+def test_cli_a_second_ctrl_c_ends_the_command(shell: Shell) -> None:
+    """A second Ctrl-C kills the command and its children, gives the task back, ends by the signal."""
+    (id,) = shell("push", stdin=b"x")
+    # Both children hold standard output: its end is theirs.
+    process = shell.start("run", "--", "sh", "-c", "sleep 60 & echo begun; sleep 60")
+    expect(process, "begun")
+    while process.poll() is None:
+        os.killpg(process.pid, signal.SIGINT)  # one that comes too soon after another is the same
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(0.1)
+    assert ending(process) == ("", -signal.SIGINT)
+    assert shell("list", "pending") == [id]
+
+
+# ====================================================================================================
+# README
+# ====================================================================================================
+
+
+def blocks(path: Path) -> Iterator[tuple[str, str, str]]:
+    """Heading, language and text of each fenced block of a Markdown file."""
+    heading = ""
+    lines = iter(path.read_text().splitlines(keepends=True))
+    for line in lines:
+        if line.startswith("#"):
+            heading = line.strip("# \n")
+        if fence := re.match(r"( *)```(\w+)", line):
+            indent = len(fence[1])
+            text = [line[indent:] for line in iter(lambda: next(lines), fence[1] + "```\n")]
+            yield heading, fence[2], "".join(text)
+
+
+BLOCKS = [
+    pytest.param(lang, text, id=f"{heading}-{lang}")
+    for heading, lang, text in blocks(README)
+    if lang != "mermaid"
 ]
 
 
-@example(objects=everything, reboot=False)
-@example(objects=everything, reboot=True)
-@given(objects=objects, reboot=st.booleans())
-@settings(
-    max_examples=200,
-    deadline=None,
-    derandomize=True,
-    database=None,
-    suppress_health_check=list(HealthCheck),
-)
-def test_hostile_directories(objects: list[tuple[str, str, str]], reboot: bool) -> None:
-    """Whatever lies about: nothing raises, blocks, is followed, is lost, or is deleted."""
-    with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory(dir=SHM) as scratch:
-        clock = Time()
-        patch.setattr(time, "time", lambda: clock.wall)
-        patch.setattr(time, "monotonic", lambda: clock.boot)
-        check_among_hostile_objects(Path(scratch), clock, objects, reboot)
+@pytest.fixture
+def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A project as the recipes assume it: femtoqueue.py copied there, the script installed."""
+    shutil.copy(MODULE, tmp_path)
+    (tmp_path / "bin").mkdir()
+    for name, command in {
+        "python3": f'exec {sys.executable} "$@"',
+        "femtoqueue": f'exec {sys.executable} {tmp_path}/femtoqueue.py "$@"',
+        "../handle": "cat >> handled",
+    }.items():
+        (tmp_path / "bin" / name).write_text(f"#!/bin/sh\n{command}\n")
+        (tmp_path / "bin" / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}/bin:{os.environ['PATH']}")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
 
 
-def check_among_hostile_objects(
-    scratch: Path, clock: Time, objects: list[tuple[str, str, str]], reboot: bool
-) -> None:
-    directory, outside = scratch / "queue", scratch / "outside"
-    outside.mkdir()
-    inside = outside / "0000000000000001_outside"
-    for path in (outside / "file", inside):
-        path.write_bytes(b"followed")
-    queue = FemtoQueue(directory, "a", LONG_MS)
-    real = {queue.push(payload): payload for payload in (b"claimed", b"done", b"failed", b"first")}
-    queue.pop()
-    for finish in (queue.done, queue.fail):
-        task = queue.pop()
-        assert task
-        finish(task)
-    done, failed = list(real)[1:3]
-    del queue, finish  # what it claimed first is abandoned
-    queue = FemtoQueue(directory, "a", LONG_MS)
-    real[queue.schedule(b"due", int((clock.wall + 5) * 1e6))] = b"due"
-    clock.advance(10)
+@pytest.mark.parametrize("language, text", BLOCKS)
+def test_recipe(project: Path, language: str, text: str) -> None:
+    """Every recipe runs as it stands, and has nothing to complain about."""
+    if language == "python":
+        (project / "recipe.py").write_text(text)
+        command = [sys.executable, "recipe.py"]
+    elif language == "sh":
+        command = ["sh", "-eu", "-c", text]
+    elif language == "crontab":
+        FemtoQueue("queue", "node").push(b"payload\n")
+        job = text.split(maxsplit=5)[5].replace("/srv/myapp", str(project))
+        command = ["sh", "-c", job]
+    elif language == "ini":
+        return run_unit(project, text)
+    else:
+        pytest.fail(f"nothing here runs {language}")
+    done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (0, "")
+    if language == "crontab":
+        assert (project / "handled").read_text() == "payload\n"
+    return None
 
-    made: dict[Path, tuple[str, str, str]] = {}
-    bucket = os.listdir(directory / "pending")[0]
-    for place, name, kind in objects:
-        folder = directory / place.format(bucket=bucket)
-        folder.mkdir(parents=True, exist_ok=True)
-        if not os.path.lexists(folder / name):
-            make_object(folder / name, kind, outside)
-            made[folder / name] = (place, name, kind)
-    theirs = {path: snapshot_proof(path) for path, what in made.items() if not is_ours(*what)}
-    if reboot:
-        del queue
-        for path in directory.glob(f"clock-{femtoqueue._identity().boot}"):
-            path.unlink()
-        queue = FemtoQueue(directory, "a", LONG_MS)
 
-    signal.signal(signal.SIGALRM, lambda number, frame: pytest.fail("it blocks"))
-    signal.alarm(20)
-    counts = queue.counts()
-    assert counts == {state: len(list(queue.ids(state))) for state in STATES}
-    for path in list(made)[:100]:
-        assert queue.status(os.path.basename(path)) in (None, *STATES)
-    for id in real:
-        assert queue.status(id)
-    got = []
-    for _ in range(len(made) + 9):
-        clock.advance(1.5)
-        if task := queue.pop():
-            if task.id in real:
-                assert task.data == real[task.id]
-                got.append(task.id)
-            else:
-                assert task.data == b"hostile"
-                assert made, "invented"
-            queue.done(task)
-    assert sorted(got) == sorted({*real} - {done, failed})
-    assert queue.status(done) == "done"
-    assert queue.status(failed) == "failed"
-    clock.advance(3_000)
-    assert queue.pop() is None
-    for path in list(made)[:100]:
-        assert queue.cancel(os.path.basename(path)) in (False, True)
-    for state in ("done", "failed", "corrupt"):
-        queue.purge(state, 0)
-    queue.close()
-    signal.alarm(0)
-    for path, before in theirs.items():
-        assert os.path.lexists(path), f"{made[path]} is gone"
-        assert snapshot_proof(path) == before, f"{made[path]} was changed"
-    assert inside.read_bytes() == (outside / "file").read_bytes() == b"followed"
-    assert len(os.listdir(outside)) == 2
-    figure("hostile directories", directories=1, objects=len(made), foreign=len(theirs))
+def run_unit(project: Path, unit: str) -> None:
+    """Do what systemd does with a service: start it, and stop it by SIGTERM to the main process."""
+    settings = dict(line.split("=", 1) for line in unit.splitlines() if "=" in line)
+    assert settings["WorkingDirectory"] == "/srv/myapp" and settings["KillMode"] == "mixed"
+    q = FemtoQueue("queue", "node")
+    q.push(b"payload\n")
+    program, *arguments = shlex.split(settings["ExecStart"])
+    with subprocess.Popen([os.path.basename(program), *arguments]) as process:
+        assert q.join(timeout=20)
+        process.terminate()
+        assert process.wait(20) == 0
+    assert (project / "handled").read_text() == "payload\n"
+
+
+def test_the_tables_name_calls_that_exist() -> None:
+    """Whatever the recipes call on q, or give to FemtoQueue by name, is there."""
+    text = README.read_text()
+    called = set(re.findall(r"\bq\.(\w+)", text))
+    assert len(called) > 10
+    assert not [name for name in called if not hasattr(FemtoQueue, name)]
+    states = set(re.findall(r"(?:ids|purge|counts\(\))[(\[]\"(\w+)\"", text))
+    assert states and states <= set(femtoqueue.STATES)
+
+
+def test_the_tables_name_tests_that_exist() -> None:
+    """Each test that README and the table above name is here, and each promise has one."""
+    table = str(__doc__).partition("tests that hold it")[2]
+    for text in (README.read_text(), table):
+        named = set(re.findall(r"\b(?:test_[a-z_]+|Test[A-Z]\w+)", text)) - {"test_femtoqueue"}
+        assert len(named) > 10
+        assert not [name for name in named if name not in globals()]
+    promises = re.findall(r"^ ?(\d+) .* (?:test_|Test)\w+", table, re.MULTILINE)
+    assert promises == [str(number) for number in range(1, 11)]
 
 
 # ====================================================================================================
 # Several machines
 # ====================================================================================================
 
-__all__ = ["clock", "directory"]
-
 TOOLS = Path(os.environ.get("FEMTOQUEUE_GLUSTER", MODULE.parent.parent / "shared" / "tools"))
 OTHER_BOOT = "11111111-2222-3333-4444-555555555555\n"
-
 # sys.argv: role, data_dir, node_id, log, options of FemtoQueue; each role's own arguments behind them.
 # Events go to a log on a local disk, one write each, so that a kill cannot tear them.
 ACTOR = r"""
@@ -5858,7 +6173,7 @@ while role == "work":
 """
 
 
-def tool(name: str, base: Path, *arguments: str) -> str:
+def cluster_tool(name: str, base: Path, *arguments: str) -> str:
     """Run one of the cluster's scripts; what it printed."""
     command = [str(TOOLS / f"{name}-gluster.sh" if name != "fault" else TOOLS / "gluster-fault.sh")]
     done = subprocess.run(
@@ -5870,13 +6185,13 @@ def tool(name: str, base: Path, *arguments: str) -> str:
 
 def on_host(base: Path, host: int, code: str, *arguments: object) -> subprocess.Popen[str]:
     """Start a Python process on a host; all but the first have another boot id than this machine."""
-    command = [sys.executable, "-c", PRELUDE + code, *map(str, arguments)]
+    under = []
     if host > 1:
         boot = base / "boot"
         boot.write_text(OTHER_BOOT)
         mount = 'mount --bind "$0" /proc/sys/kernel/random/boot_id && exec "$@"'
-        command = ["unshare", "-m", "sh", "-c", mount, str(boot), *command]  # "$0" is the boot id
-    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        under = ["unshare", "-m", "sh", "-c", mount, str(boot)]  # "$0" is the boot id
+    return start(code, *arguments, under=under)
 
 
 @pytest.fixture(scope="session")
@@ -5891,10 +6206,10 @@ def gluster() -> Iterator[Path]:
             pytest.skip(f"several machines: {program} is not installed (glusterfs-server, iproute2)")
     base = Path(tempfile.mkdtemp(prefix="gq", dir="/tmp"))  # sockets need a short path
     try:
-        tool("start", base)
+        cluster_tool("start", base)
         yield base
     finally:
-        tool("stop", base)
+        cluster_tool("stop", base)
         shutil.rmtree(base, ignore_errors=True)
 
 
@@ -5943,7 +6258,7 @@ class Cluster:
     def fault(self, *arguments: str) -> None:
         """Break a part of the cluster, until the next test."""
         (self.base / "broken").touch()
-        tool("fault", self.base, *arguments)
+        cluster_tool("fault", self.base, *arguments)
 
     def kill(self, host: int) -> None:
         """Kill a host: its client, and everything that runs there."""
@@ -6006,7 +6321,7 @@ def cluster(gluster: Path, tmp_path: Path) -> Iterator[Callable[..., Cluster]]:
 
     def make(lease_s: float = 30) -> Cluster:
         if (gluster / "broken").exists():
-            tool("start", gluster)
+            cluster_tool("start", gluster)
             (gluster / "broken").unlink()
         made.append(Cluster(gluster, tmp_path, lease_s))
         return made[-1]
@@ -6054,7 +6369,7 @@ class TestGlusterFS:
         report("GlusterFS, slow stream", count)
         assert count.errors == []
         assert count.acknowledged == count.delivered == 500
-        assert "split-brain" not in tool("fault", gluster, "heal", "s1")
+        assert "split-brain" not in cluster_tool("fault", gluster, "heal", "s1")
         assert os.listdir(queue.root(1) / "pending") == os.listdir(queue.root(2) / "pending")
 
     def test_a_node_comes_back_elsewhere(self, cluster: Callable[..., Cluster]) -> None:
@@ -6150,6 +6465,9 @@ class TestGlusterFS:
         assert count.errors == []
         assert count.acknowledged == count.delivered == 160
         assert count.lost == count.unexpected == count.duplicated == 0
+
+
+# --- what a distributed filesystem does, done by one machine ------------------------------------------
 
 
 class Lying:
@@ -6266,7 +6584,7 @@ class TestDirectoriesThatAllHostsShare:
 
 
 class TestWhatListingsShow:
-    def test_twice(self, directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_a_name_listed_twice(self, directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         """A directory that lists names twice changes no order, no count and no delivery."""
         real = os.scandir
 
@@ -6327,10 +6645,8 @@ class TestWhatListingsShow:
 
 
 # ====================================================================================================
-# Windows, packages, types
+# Windows
 # ====================================================================================================
-
-# --- Windows ------------------------------------------------------------------------------------------
 
 
 def become_windows(hard_links: bool) -> None:
@@ -6492,22 +6808,10 @@ def windows(code: str, *arguments: object, hard_links: bool = True, **options: A
         PRELUDE.rstrip(),
         code,
     ]
-    process = subprocess.run(
-        [sys.executable, "-c", "\n".join(lines), *map(str, arguments)],
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=60,
-        check=False,
-        **options,
-    )
-    assert process.returncode == 0, process.stdout
-    return process.stdout
+    return execute(sys.executable, "-c", "\n".join(lines), *arguments, **options)
 
 
 needs_linux = pytest.mark.skipif(sys.platform != "linux", reason="Windows is played on Linux only")
-either_way = pytest.mark.parametrize("sync", [False, True])
 
 
 @needs_linux
@@ -6542,9 +6846,11 @@ print(outcome(os.kill, 1, 0), outcome(lambda: os.uname()), outcome(__import__, "
 
 
 @needs_linux
-@either_way
+@durable_or_not
 @pytest.mark.parametrize("hard_links", [True, False])
-def test_on_windows_tasks_go_in_and_out_in_order(directory: Path, sync: bool, hard_links: bool) -> None:
+def test_on_windows_tasks_go_in_and_out_in_order(
+    directory: Path, durable: bool, hard_links: bool
+) -> None:
     """On Windows the module imports and works: push, pop, done, fail, and first in, first out."""
     out = windows(
         r"""
@@ -6563,16 +6869,16 @@ assert q.purge("done", 0) == 99
 print(sorted({*q.counts().values()}))
 """,
         directory,
-        sync,
+        durable,
         hard_links=hard_links,
     )
     assert out == "[0]\n"
 
 
 @needs_linux
-@either_way
+@durable_or_not
 def test_on_windows_a_task_is_scheduled_retried_touched_and_given_back(
-    directory: Path, sync: bool
+    directory: Path, durable: bool
 ) -> None:
     """On Windows: schedule, retry now and later, touch, max_attempts, close and pickling work."""
     out = windows(
@@ -6604,15 +6910,17 @@ with FemtoQueue(sys.argv[1], "node-2") as other:
 print("done")
 """,
         directory,
-        sync,
+        durable,
     )
     assert out == "done\n"
 
 
 @needs_linux
-@either_way
+@durable_or_not
 @pytest.mark.parametrize("move", [True, False])
-def test_on_windows_a_file_is_pushed(directory: Path, tmp_path: Path, sync: bool, move: bool) -> None:
+def test_on_windows_a_file_is_pushed(
+    directory: Path, tmp_path: Path, durable: bool, move: bool
+) -> None:
     """On Windows, push_file works, moving or not: no file is renamed, or synced, while it is open."""
     source = tmp_path / "payload"
     source.write_bytes(b"\r\n\x1a" * 500_000)
@@ -6627,7 +6935,7 @@ print(os.path.exists(sys.argv[2]))
 """,
         directory,
         source,
-        sync,
+        durable,
         move,
     )
     assert out == f"{not move}\n"
@@ -6689,7 +6997,6 @@ slow.push(b"next")
 task = slow.pop()
 with open(task.path, "rb") as payload:
     time.sleep(0.3)
-    quick._look_at_us = 0
     assert quick.pop().data == b"next"
     assert payload.read() == b"read slowly"
 print(quick.pop(2).data)
@@ -6783,7 +7090,9 @@ except ValueError as error:
     assert out == "True False\n"
 
 
-# --- the packages -------------------------------------------------------------------------------------
+# ====================================================================================================
+# The packages
+# ====================================================================================================
 
 SOURCES = ("femtoqueue.py", "benchmark_mini.py", "test_femtoqueue.py", "README.md", "LICENSE")
 SOURCES += ("pyproject.toml", ".ci/backend.py")
@@ -6791,7 +7100,6 @@ IN_WHEEL = {"femtoqueue/__init__.py", "femtoqueue/__main__.py", "femtoqueue/py.t
 INFO_IN_WHEEL = {"METADATA", "RECORD", "WHEEL", "entry_points.txt", "licenses/LICENSE", "top_level.txt"}
 EGG_INFO = {"PKG-INFO", "SOURCES.txt", "dependency_links.txt", "entry_points.txt", "requires.txt"}
 EGG_INFO |= {"top_level.txt"}
-
 GOOD_USER = '''
 """A program of somebody else's."""
 
@@ -6858,26 +7166,10 @@ class Packages(NamedTuple):
     tree: Path
 
 
-def tool_package(name: str) -> None:
-    """Skip this test where a Python tool_package is not installed."""
+def needs_package(name: str) -> None:
+    """Skip this test where a Python package is not installed."""
     if importlib.util.find_spec(name) is None:
         pytest.skip(f"{name} is not installed: pip install -e '.[check]'")
-
-
-def execute(*command: object, succeeds: bool = True, **options: Any) -> str:
-    """Run a command to its end and return all that it printed."""
-    process = subprocess.run(
-        [*map(str, command)],
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=300,
-        check=False,
-        **options,
-    )
-    assert (process.returncode == 0) is succeeds, process.stdout
-    return process.stdout
 
 
 def environment(**more: str) -> dict[str, str]:
@@ -6889,8 +7181,8 @@ def environment(**more: str) -> dict[str, str]:
 @pytest.fixture(scope="session")
 def packages(tmp_path_factory: pytest.TempPathFactory) -> Packages:
     """The sdist, and the wheel that was built from the unpacked sdist."""
-    tool_package("build")
-    tool_package("setuptools")
+    needs_package("build")
+    needs_package("setuptools")
     if not (HERE / ".ci" / "backend.py").exists():
         pytest.skip("this is not a checkout: there is nothing to build")
     tree = tmp_path_factory.mktemp("packages") / "tree"
@@ -6914,7 +7206,7 @@ class Installation(NamedTuple):
 
 def install(archive: Path, home: Path) -> Installation:
     """Install an archive, and nothing else, into a new virtual environment."""
-    tool_package("pip")
+    needs_package("pip")
     venv.create(home, symlinks=os.name != "nt")
     scripts = home / ("Scripts" if os.name == "nt" else "bin")
     suffix = ".exe" if os.name == "nt" else ""
@@ -6953,24 +7245,15 @@ def installed(request: pytest.FixtureRequest) -> Installation:
 
 def complaints(checker: str, directory: Path, python: Path, *more: str) -> dict[str, set[int]]:
     """Type-check a user's files as the user would; return the lines found wrong, by file."""
-    tool_package(checker)
+    needs_package(checker)
     programs = sorted(path.name for path in directory.glob("*.py"))
     cache = directory.parent / "mypy-cache"
     options = {
         "mypy": ["--strict", "--config-file=", f"--cache-dir={cache}", f"--python-executable={python}"],
         "pyright": [f"--pythonpath={python}"],
     }[checker]
-    process = subprocess.run(
-        [sys.executable, "-m", checker, *options, *more, *programs],
-        cwd=directory,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=300,
-        check=False,
-        env=environment(),
-    )
+    command = (sys.executable, "-m", checker, *options, *more, *programs)
+    process = executed(*command, cwd=directory, env=environment())
     if checker == "pyright" and "0 informations" not in process.stdout:
         pytest.skip(f"pyright does not run here: {process.stdout.strip()[-200:]}")
     assert process.returncode in (0, 1), process.stdout
@@ -7024,7 +7307,7 @@ def test_a_checkout_makes_the_same_wheel_as_the_sdist(packages: Packages, tmp_pa
 
 def test_twine_accepts_the_packages(packages: Packages) -> None:
     """`twine check --strict` has nothing to say: an index would show the README as it is."""
-    tool_package("twine")
+    needs_package("twine")
     execute(sys.executable, "-m", "twine", "check", "--strict", packages.wheel, packages.sdist)
 
 
@@ -7073,18 +7356,10 @@ def test_a_copied_file_is_typed(tmp_path: Path, checker: str, system: str) -> No
 
 def test_the_public_names_are_typed_completely(installed_wheel: Installation, tmp_path: Path) -> None:
     """`pyright --verifytypes`: no public name of the installed package lacks a type."""
-    tool_package("pyright")
+    needs_package("pyright")
     path = f"{installed_wheel.python.parent}{os.pathsep}{os.environ['PATH']}"
-    process = subprocess.run(
-        [sys.executable, "-m", "pyright", "--verifytypes", "femtoqueue", "--ignoreexternal"],
-        cwd=tmp_path,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        check=False,
-        env=environment(PATH=path),
-    )
+    command = (sys.executable, "-m", "pyright", "--verifytypes", "femtoqueue", "--ignoreexternal")
+    process = executed(*command, cwd=tmp_path, env=environment(PATH=path))
     if "completeness" not in process.stdout:
         pytest.skip(f"pyright does not run here: {process.stdout.strip()[-200:]}")
     assert process.returncode == 0, process.stdout
