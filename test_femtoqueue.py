@@ -5453,7 +5453,7 @@ def test_system_calls_of_a_durable_task(directory: Path, clock: Time) -> None:
 @pytest.mark.parametrize("backlog", [2_000, 20_000])
 def test_a_backlog_costs_nothing(directory: Path, clock: Time, backlog: int) -> None:
     """However many wait, the first pop reads one bucket in little memory, and a later one reads none."""
-    FemtoQueue(directory, "node").push_many([b""] * backlog)
+    FemtoQueue(directory, "node").push_many([b"x"] * backlog)
     clock.advance(1)
     q = FemtoQueue(directory, "node")
     tracemalloc.start()
