@@ -23,7 +23,7 @@ change of state is one atomic rename, so a crash leaves a task either here or th
                                             +------------------+
 
     data_dir/
-      creating/<owner>~<id>                     being written, invisible to everybody else
+      creating/<owner>~<id>                     being written, not seen by others; no .<crc32> yet
       pending/<bucket>/<id>[~n]                 waiting; n = deliveries already used up
       scheduled/<bucket>/<id>~n~<due_us>        waiting for the wall clock
       in_progress/<owner>/<id>~n~<deadline_us>  claimed, until the deadline (the lease) at least
@@ -70,6 +70,7 @@ if TYPE_CHECKING:  # typing costs more to import than all the rest
     import threading
     import types
     from collections.abc import Callable, Iterable, Iterator, Sequence
+    from typing import Any
 
 __all__ = ["FemtoQueue", "FemtoQueueError", "FemtoTask", "NotInProgress", "STATES"]
 __version__ = "1.0.0"
@@ -79,17 +80,18 @@ _BUCKETED = ("scheduled", "pending")
 _FINISHED = ("done", "failed", "corrupt")
 
 _MAX_US = 10**16  # times have 16 digits
+_MAX_ATTEMPT = 10**9 - 1  # and attempts no more than 9
 _FORBIDDEN = set('/~<>:"\\|?*' if os.name == "nt" else "/~")  # in ids and node_ids
 _MAX_ID = 216  # bytes: the name of a claim, "~n~deadline" behind the id, must fit into NAME_MAX, 255
-_BUCKET_US = 10**9
-_CLOSE_US = 10**7  # the narrowest bucket of scheduled/
+_BUCKET_US = 10**9  # the period of a shared bucket of pending/
+_CLOSE_US = 10**7  # the shortest period in scheduled/
 _BUCKET_TASKS = 1_000
-_BATCH = 1_000  # due or abandoned tasks that one pop moves at most
+_BATCH = 1_000  # due, or abandoned, tasks that one look moves; errors that one pop passes over
 _LOOK_US = 1_000_000  # between looks for due and abandoned tasks, while there is other work
-_SWEEP_US = 60_000_000
-_LINGER_US = 2_000_000  # an empty directory must be older than this to be removed
-_ORPHAN_US = 86_400_000_000  # a half-written file whose writer cannot be judged
-_POLL_S = 0.009
+_SWEEP_US = 60_000_000  # between sweeps
+_LINGER_US = 2_000_000  # how long an empty directory is kept that somebody may be about to use
+_ORPHAN_US = 86_400_000_000  # how long the remains of an owner are kept who cannot be judged
+_POLL_S = 0.009  # how long a call that waits sleeps at a time
 _CHUNK = 1 << 20  # a larger payload is not kept in memory
 _SMALL = 4_096  # read at once; more costs a page fault each time, asking for the size a system call
 _WRITE_FLAGS = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
@@ -98,9 +100,8 @@ _NO_FOLLOW = getattr(os, "O_NOFOLLOW", 0)
 _READ_FLAGS = os.O_RDONLY | _NO_FOLLOW | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
 # The first bytes of a payload that version 0.3 or 0.4 of the original femtoqueue wrote; MD5 follows.
 _LEGACY_MAGIC = b"\x01" + bytes(7)
-_LEGACY_HEADER = 24
+_LEGACY_HEADER = len(_LEGACY_MAGIC) + 16
 _LEGACY_NAME = "_<built-in method hex of bytes object at 0x"  # it meant to call that method
-_HEX = set("0123456789abcdef")
 _LAST_CLOCK_US = 7_258_118_400_000_000  # the year 2200: a stray name must not drag the clock along
 
 
@@ -117,20 +118,15 @@ class FemtoTask:
 
     It can be pickled, and finished through another FemtoQueue object on the same directory.
 
-    Attributes
-    ----------
-    id : str
-        What `push` or `schedule` returned.
-    attempt : int
-        Which delivery this is; 1 is the first.
-    path : str
-        The claimed file, for streaming. Valid until the task is finished or touched.
-    lost : bool
-        Set while `FemtoQueue.run` handles this task and its lease was lost all the same.
+    id         What `push` or `schedule` returned.
+    attempt    Which delivery this is; 1 is the first.
+    path       The claimed file, for streaming. Valid until the task is finished or touched.
+    lost       Set while `FemtoQueue.run` handles this task and its lease was lost all the same.
     """
 
     lost: bool = False
     _begin = 0  # of the payload, in the file
+    _from = ""  # the directory it was claimed from
     _copied = False  # somebody else may finish it
 
     def __init__(self, id: str, data: bytes | None, attempt: int = 1, path: str = "") -> None:
@@ -141,18 +137,23 @@ class FemtoTask:
         self._forks = _forks
         # Once begun: the verdict's name, where the file goes, which directories to sync.
         self._verdict: tuple[str, str | None, tuple[str, ...]] | None = None
-        self._left = False  # in_progress/, for good
+        self._moved = False  # out of in_progress/
+        self._finished = False  # moved, and synced if that was asked for
 
     @property
     def data(self) -> bytes:
         """The payload. One over 1 MiB is read, from `path`, each time it is asked for."""
         if self._data is not None:
             return self._data
-        if not _exists(self.path):  # touched through another copy
-            self.path = _find_claim(os.path.dirname(self.path), self.id, self.attempt) or self.path
-        with open(self.path, "rb") as file:
-            file.seek(self._begin)
-            return file.read()
+        for _ in range(3):
+            try:
+                with open(self.path, "rb") as file:
+                    file.seek(self._begin)
+                    return file.read()
+            except FileNotFoundError:  # renamed: its lease was renewed, perhaps through another copy
+                directory = os.path.dirname(self.path)
+                self.path = _find_claim(directory, self.id, self.attempt) or self.path
+        raise _gone(self.path)
 
     def __getstate__(self) -> dict[str, object]:
         self._copied = True
@@ -165,36 +166,25 @@ class FemtoTask:
 class FemtoQueue:
     """A queue in a directory. All objects on one directory, in whatever process, are one queue.
 
-    Parameters
-    ----------
-    data_dir : str or os.PathLike
-        Where the queue lies, on one filesystem; made if it does not exist. A directory of version
-        0.3 or 0.4 of the original femtoqueue is taken over when it is first opened.
-    node_id : str
-        Stable name of this worker's place, such as the host name. A node_id belongs to one machine
-        or container at a time: tasks that it claimed elsewhere are taken back at the first `pop`.
-        Several processes of one machine may share it. At most 64 bytes, without "/" and "~".
-    timeout_stale_ms : int or float
-        The lease, in milliseconds: a claimed task that was neither finished nor touched for so long
-        is given to another worker. Until then it is safe as long as its process lives.
-    sync_after_write : bool
-        Survive power cuts: what returned is on disk, with every directory entry that leads to it.
-    max_attempts : int or None
-        After so many deliveries a task that comes back goes to failed/ instead. None: no limit.
-    keep_done, keep_failed : bool
-        Keep finished tasks in done/ and failed/, or delete them.
-    maxsize : int
-        `push` raises `queue.Full` when so many tasks are pending. 0: no limit. The limit is exact for
-        one producer; several may overshoot it, each by half of the room it last saw.
+    data_dir   Where the queue lies, on one filesystem; made if it does not exist. A directory of
+               version 0.3 or 0.4 of the original femtoqueue is taken over when it is first opened.
+    node_id    Stable name of this worker's place, such as the host name. It belongs to one machine or
+               container at a time: tasks that it claimed elsewhere are taken back at the first `pop`.
+               Several processes of one machine may share it. At most 64 bytes, without "/" and "~".
+    timeout_stale_ms
+               The lease, in milliseconds: a claimed task that was neither finished nor touched for so
+               long is given to another worker. Until then it is safe as long as its process lives.
+    sync_after_write
+               Survive power cuts: what returned is on disk, with every directory entry to it.
+    max_attempts
+               After so many deliveries a task that comes back goes to failed/. None: no limit.
+    keep_done, keep_failed
+               Keep finished tasks in done/ and failed/, or delete them.
+    maxsize    `push` raises `queue.Full` when so many tasks are pending. 0: no limit. The limit is
+               exact for one producer; several may exceed it, each by half of the room it last saw.
 
-    Raises
-    ------
-    TypeError, ValueError
-        For a bad argument, before anything is written.
-    OSError
-        From the filesystem. It names the path.
-
-    Any call may raise OSError. It has then changed nothing, or nothing that cannot be called again.
+    Bad arguments raise TypeError or ValueError, before anything is written. Any call may raise OSError;
+    the same call can then be made again.
     """
 
     def __init__(
@@ -237,19 +227,18 @@ class FemtoQueue:
         self._lease_us = int(timeout_stale_ms * 1_000)
         self._dirs = {state: f"{self._root}/{state}" for state in (*STATES, "creating")}
         self._closed = False
-        self._token = os.urandom(4).hex()
+        self._given_back = False
         self._begin_in_this_process()
         self._make_directories()
         self._clock = self._open_clock()
         if self.sync_after_write:
             _sync(self._root)  # whoever made what is in there need not have been durable
-        _objects[self._owner] = self
         weakref.finalize(self, _look_soon, self._root).atexit = False
 
     def _begin_in_this_process(self) -> None:
         """Set up all that must not be shared with the process that this one was forked from."""
         me = _identity()
-        self._owner = f"{self.node_id}~{me.pid}~{me.start}~{me.place}~{self._token}"
+        self._owner = f"{self.node_id}~{me.pid}~{me.start}~{me.place}~{os.urandom(4).hex()}"
         self._own_dir = f"{self._dirs['in_progress']}/{self._owner}"
         self._creating = f"{self._dirs['creating']}/{self._owner}~"
         self._producer = f"{self.node_id}_{os.urandom(6).hex()}"
@@ -261,9 +250,13 @@ class FemtoQueue:
         self._has_company = False  # of other processes that claim tasks
         self._has_hosts = False  # other machines or containers among them
         self._unsure: set[str] = set()  # claims whose rename failed, as far as we were told
+        self._failures: dict[str, int] = {}  # how often each path could not be read or moved, lately
         self._claimed_at_us = self._look_at_us = self._sweep_at_us = 0
         self._unsynced: dict[str, None] = {}  # directories of renames not synced, the old side first
         self._unconfirmed: dict[tuple[str, str], tuple[str, ...]] = {}  # the same, by call and id
+        self._sync_lock = _thread.RLock()
+        self._process = _process_count
+        _objects[self._owner] = _owners[self._owner] = self
 
     def _make_directories(self) -> None:
         made = _make_directory(self._root)
@@ -322,31 +315,32 @@ class FemtoQueue:
         draft = self._creating + "%016d" % _wall_us()
         self._write(draft, (f"{offset_us}\n".encode(),))
         try:
-            try:
-                os.link(draft, path)  # whole at once like a rename, but the first one wins
-            except OSError:
-                first = _read_offset(path)
-                if first is not None:
-                    return first
-                _rename(draft, path)  # over a broken one, or on a filesystem without hard links
+            os.link(draft, path)  # whole at once like a rename, but the first one wins
+        except OSError:
+            first_us = _read_offset(path)
+            if first_us is not None:
+                return first_us
+            _rename(draft, path)  # over a broken one, or on a filesystem without hard links
         finally:
-            _discard(draft)
+            _try(_unlink, draft)
         return offset_us
 
     def _newest_us(self) -> int:
         """A time that no task now in the queue is above, but for what is scheduled."""
         times = [0]
+        errors: list[OSError] = []
         wall_us = _wall_us()
         for entry in _list(self._dirs["pending"]):
             times.append(_time_us(entry.name))
             # A bucket's tasks are of one period: an older one cannot be ahead of the wall clock.
             if _is_bucket(entry) and int(entry.name) + _BUCKET_US > wall_us:
-                times += map(_time_us, _names(entry.path))
-        for name, directory in self._files("in_progress"):
+                times += map(_time_us, _names(entry.path, errors))
+        for name, directory in self._files("in_progress", errors=errors):
             times.append(_time_us(name))
             # A lease that began when the wall clock was ahead would last longer by so much.
             if (claim := _parse(name)) and (info := _lstat(f"{directory}/{name}")):
                 times.append(min(info.st_ctime_ns // 1_000, claim[2]))
+        _raise_unless_hidden(errors)
         return max(time_us for time_us in times if time_us < _LAST_CLOCK_US)
 
     def __repr__(self) -> str:
@@ -364,24 +358,10 @@ class FemtoQueue:
     # --- in: push, schedule -----------------------------------------------------------------------
 
     def push(self, data: bytes | bytearray | memoryview) -> str:
-        """Add a task at the end of the queue.
+        """Add a task at the end of the queue; return its id, which stays whatever becomes of the task.
 
-        Parameters
-        ----------
-        data : bytes-like
-            The payload; may be empty.
-
-        Returns
-        -------
-        str
-            The task's id. Whatever becomes of the task, the id stays.
-
-        Raises
-        ------
-        TypeError
-            If `data` is not bytes-like: encode a str yourself.
-        queue.Full
-            If `maxsize` tasks are pending.
+        Raises TypeError if `data` is not bytes-like (encode a str yourself), and `queue.Full` if
+        `maxsize` tasks are pending.
         """
         if type(data) is not bytes:
             data = _payload(data)
@@ -403,24 +383,8 @@ class FemtoQueue:
         drafts: list[tuple[str, int, str]] = []  # path, time, id
         added: list[str] = []
         touched: set[str] = set()
-        descriptors: list[int] = []
         try:
-            try:
-                for item in items:
-                    if self.maxsize:
-                        self._make_room(len(drafts))
-                    time_us = self._clock.stamp()
-                    stem = self._new_stem(time_us)
-                    path = self._creating + stem
-                    descriptor, crc = _create(path, (_payload(item),))
-                    descriptors.append(descriptor)
-                    drafts.append((path, time_us, f"{stem}.{crc:08x}"))
-                    if len(descriptors) == 100:
-                        _sync_files(descriptors)
-                _sync_files(descriptors)
-            finally:
-                for descriptor in descriptors:
-                    os.close(descriptor)
+            self._write_many(items, drafts)
             for path, time_us, id in drafts:
                 bucket = self._enter(path, "pending", time_us, id)
                 if bucket is None:
@@ -428,38 +392,55 @@ class FemtoQueue:
                 added.append(f"{bucket.path}/{id}")
                 touched.update(bucket.directories())
             _sync(*touched)
-        except BaseException:
-            _discard(*reversed(added), *(path for path, _, _ in drafts))
+        except BaseException as error:
+            for path in (*reversed(added), *(path for path, _, _ in drafts)):
+                _try(_unlink, path)
+            _add_path(error, self._dirs["creating"])
             raise
         return [id for _, _, id in drafts]
 
+    def _write_many(self, items: Iterable[object], drafts: list[tuple[str, int, str]]) -> None:
+        """Write a new file for each item, for good, and note each in `drafts` at once."""
+        descriptors: list[int] = []
+        try:
+            for item in items:
+                if self.maxsize:
+                    self._make_room(len(drafts))
+                time_us = self._clock.stamp()
+                stem = self._new_stem(time_us)
+                path = self._creating + stem
+                descriptor, crc = _create(path, (_payload(item),))
+                descriptors.append(descriptor)
+                drafts.append((path, time_us, f"{stem}.{crc:08x}"))
+                if len(descriptors) == 100:
+                    _sync_files(descriptors)
+            _sync_files(descriptors)
+        finally:
+            for descriptor in descriptors:
+                os.close(descriptor)
+
     def push_file(self, path: str | os.PathLike[str], *, move: bool = False) -> str:
-        """Push a file's content, of any size, without holding it in memory.
+        """Push the content, of any size, of a regular file that nobody writes to any more.
 
-        Parameters
-        ----------
-        path : str or os.PathLike
-            A regular file that nobody writes to any more.
-        move : bool
-            Take the file itself: renamed where it lies on the same filesystem as the queue, copied and
-            then deleted elsewhere. Until this returns, the file is where it was, or it is a task.
-
-        Raises
-        ------
-        ValueError
-            If `path` is not a regular file.
+        `move` takes the file itself: it is renamed where it lies on the same filesystem as the queue,
+        copied and then deleted elsewhere. Until this returns, it is where it was, or it is a task.
+        Raises ValueError if `path` is not a regular file.
         """
         self._check_open()
         source = _path("path", path)
         if self.maxsize:
             self._make_room()
-        if move and (id := self._push_by_rename(source)):
-            return id
-        descriptor = _open_regular(source, _READ_FLAGS & ~_NO_FOLLOW)
         try:
-            id = self._add(_chunks(descriptor), self._clock.stamp())
-        finally:
-            _close_reader(descriptor)
+            if move and (id := self._push_by_rename(source)):
+                return id
+            descriptor = _open_regular(source, _READ_FLAGS & ~_NO_FOLLOW)
+            try:
+                id = self._add(_chunks(descriptor), self._clock.stamp())
+            finally:
+                _try(os.close, descriptor)
+        except OSError as error:
+            _add_path(error, source)
+            raise
         if move:
             try:
                 _unlink(source)
@@ -480,7 +461,7 @@ class FemtoQueue:
             if self.sync_after_write:
                 os.fsync(descriptor)
         finally:
-            _close_reader(descriptor)
+            _try(os.close, descriptor)
         time_us = self._clock.stamp()
         id = f"{self._new_stem(time_us)}.{crc:08x}"
         try:
@@ -494,18 +475,9 @@ class FemtoQueue:
     def schedule(self, data: bytes | bytearray | memoryview, time_us: int | datetime.datetime) -> str:
         """Add a task that becomes pending at a wall-clock time, behind all that is pending then.
 
-        Parameters
-        ----------
-        data : bytes-like
-            The payload.
-        time_us : int or datetime.datetime
-            Microseconds since the epoch, such as `time.time_ns() // 1000 + 60_000_000`, or an aware
-            datetime. A time in the past is due at once.
-
-        Raises
-        ------
-        ValueError
-            For a number that can only be seconds, milliseconds or nanoseconds, and a naive datetime.
+        `time_us` is in microseconds since the epoch, such as `time.time_ns() // 1000 + 60_000_000`, or
+        an aware datetime. A time in the past is due at once. Raises ValueError for a naive datetime,
+        and for a number that can only be seconds, milliseconds or nanoseconds.
         """
         return self._schedule((_payload(data),), _due_us(time_us))
 
@@ -534,7 +506,7 @@ class FemtoQueue:
             else:
                 self._publish(draft, "scheduled", due_us, _format(id, 0, due_us))
         except BaseException as error:
-            _discard(draft)
+            _try(_unlink, draft)
             _add_path(error, draft)
             raise
         return id
@@ -563,7 +535,7 @@ class FemtoQueue:
                 _sync(*also, *bucket.directories())
             except BaseException:
                 # Withdrawn, unless a worker has it already. A file to be moved is where it was.
-                _rename_back(f"{bucket.path}/{name}", draft)
+                _try(_rename, f"{bucket.path}/{name}", draft)
                 raise
 
     def _enter(self, source: str, state: str, time_us: int, name: str) -> _Bucket | None:
@@ -577,7 +549,7 @@ class FemtoQueue:
                 if _rename(source, target):
                     return bucket
             except BaseException:
-                _rename_back(target, source)
+                _try(_rename, target, source)
                 raise
             if not bucket.made:
                 bucket.made = True
@@ -592,12 +564,7 @@ class FemtoQueue:
         return None
 
     def _bucket(self, state: str, time_us: int) -> _Bucket:
-        """The directory in hand for tasks of this time, or the next one.
-
-        Everybody begins with the bucket of the current period, and goes on to others of up to
-        1,000 tasks, so that no directory becomes large. In scheduled/ the periods are a tenth of the
-        wait or shorter: a bucket that has begun soon falls due as a whole.
-        """
+        """The bucket in hand if it is for tasks of this time, or the next one."""
         bucket = self._buckets.get(state)
         if bucket is None or not bucket.accepts(time_us):
             bucket = self._buckets[state] = self._next_bucket(state, time_us, bucket)
@@ -607,6 +574,7 @@ class FemtoQueue:
         return bucket
 
     def _next_bucket(self, state: str, time_us: int, last: _Bucket | None) -> _Bucket:
+        """The shared bucket of the period; once that was used or is over, one named by this time."""
         start_us, end_us = _period(state, time_us)
         now_us = _wall_us() if state == "scheduled" else self._clock.now()
         entered = last is not None and start_us <= last.start_us < end_us
@@ -617,11 +585,17 @@ class FemtoQueue:
                 start_us = max(0, last.start_us - 1)
             else:
                 start_us = time_us
-        return _Bucket(self._dirs[state], start_us, end_us, shared, self.sync_after_write)
+        # Durable producers leave the shared one soon: there each task costs a sync more.
+        room = 1 if shared and self.sync_after_write else _BUCKET_TASKS
+        return _Bucket(self._dirs[state], start_us, end_us, shared, room)
 
     def _make_room(self, spooled: int = 0) -> None:
+        """Raise queue.Full if there is no room for a task beside those that are only `spooled` yet."""
         if self._room <= 0:
-            free = self.maxsize - spooled - sum(1 for _ in self._walk("pending"))
+            errors: list[OSError] = []
+            pending = sum(1 for name, _ in self._files("pending", errors=errors) if _parse(name))
+            _raise_unless_hidden(errors)
+            free = self.maxsize - spooled - pending
             if free <= 0:
                 import queue
 
@@ -632,22 +606,13 @@ class FemtoQueue:
     # --- through: pop, done, fail, retry, touch ---------------------------------------------------
 
     def pop(self, timeout: float | None = 0.0) -> FemtoTask | None:
-        """Claim the oldest pending task.
+        """Claim the oldest pending task, for the lease of `timeout_stale_ms`.
 
-        Due scheduled tasks, and those of dead or hung workers, become pending first.
-
-        Parameters
-        ----------
-        timeout : float or None
-            Seconds to wait for a task. None: for ever.
-
-        Returns
-        -------
-        FemtoTask or None
-            None only after `timeout`, and never while a task is pending or due. The task is this
-            object's for the lease of `timeout_stale_ms`; finish it with `done`, `fail` or `retry`.
+        Finish it with `done`, `fail` or `retry`. Due scheduled tasks, and those of dead or hung
+        workers, become pending first. Returns None only after `timeout` seconds, where None waits for
+        ever, and never while a task is pending or due.
         """
-        if timeout is not None and timeout != 0:
+        if timeout != 0:
             _check_timeout(timeout)
         return self._pop(timeout)
 
@@ -657,21 +622,25 @@ class FemtoQueue:
         try:
             while not stopped:
                 self._check_open()
-                task = self._claim_oldest(errors)
+                task = self._look_and_claim(errors)
                 if task is not None:
                     return task
-                over = end_s is not None and (end_s == 0 or time.monotonic() >= end_s)
+                over = end_s is not None and time.monotonic() >= end_s
+                if over:
+                    self._failures.clear()
                 found = self._look(errors) if over else self._promote(errors)
-                _raise_unless(found, errors)
+                if errors and not found:
+                    raise errors.pop(0)
                 if not found and over:
                     return None
                 if not found:
                     self._rest(end_s, stopped)
+                errors.clear()
             return None
         finally:
             errors.clear()  # the frames in their tracebacks hold this list, and this object
 
-    def _claim_oldest(self, errors: list[OSError]) -> FemtoTask | None:
+    def _look_and_claim(self, errors: list[OSError]) -> FemtoTask | None:
         """Look if it is time to, and claim the oldest task there is; None if there is none.
 
         Upon an error all is tried once more, for a passing fault must not change the order. What then
@@ -681,15 +650,26 @@ class FemtoQueue:
             now_us = self._clock.stamp()
             if now_us >= self._look_at_us:
                 self._look(errors)
-            task = self._take(now_us, errors, patience)
-            if task is not None or not errors or patience:
+            task = self._claim_oldest(now_us, errors, patience)
+            if task is not None or not errors:
                 break
-            errors.clear()
+            if patience:
+                raise errors.pop(0)
             self._listing = None
             self._look_at_us = 0
-        if errors:
-            _raise_unless(task, errors)
+            errors.clear()
+        errors.clear()
         return task
+
+    def _note_failure(self, path: str, error: OSError, errors: list[OSError]) -> None:
+        errors.append(error)
+        self._failures[path] = self._failures.get(path, 0) + 1
+        if self._failures[path] == 2:
+            _log("%s; it is passed over", str(error))
+
+    def _is_passed_over(self, path: str) -> bool:
+        """Did it fail twice? For a minute, or until there is nothing else."""
+        return self._failures.get(path, 0) > 1
 
     def _rest(self, end_s: float | None, stopped: Sequence[int]) -> None:
         """Sleep until there may be something to do; for a tenth of a second at most.
@@ -709,37 +689,46 @@ class FemtoQueue:
             if stopped or not listing or _modified(listing.directories) != before:
                 break
 
-    def _take(self, now_us: int, errors: list[OSError], patience: int) -> FemtoTask | None:
+    def _claim_oldest(self, now_us: int, errors: list[OSError], patience: int) -> FemtoTask | None:
         """Claim the oldest task there is; None if a listing begun here has nothing to claim.
 
         None as well when there are more errors than `patience`.
         """
         listing = self._listing
         tried: set[str] = set()
+        passed_over = False
         quiet = 0  # listings in a row with nothing new
         begun = False
         while len(errors) <= patience:
             new = False
             while listing and len(errors) <= patience:
+                path = self._dirs["pending"]
                 try:
                     if (found := listing.next()) is None:
                         break
                     name, directory = found
                     if name in tried:
                         continue  # listed although it is gone, as network filesystems do
+                    path = f"{directory}/{name}"
+                    if self._failures and self._is_passed_over(path):
+                        passed_over = True
+                        continue
+                    tried.add(name)
+                    new = True
                     task = self._claim(directory, name, now_us)
                     if task is not None:
                         return task
                 except OSError as error:
-                    errors.append(error)
-                    continue
-                tried.add(name)
-                new = True
+                    self._note_failure(path, error, errors)
             if listing:
                 self._remove_empty(listing.empty, now_us)
             quiet = 0 if new or (listing and listing.skipped) else quiet + begun
             if quiet and (quiet == 3 or not (listing and listing.hides)):
-                break
+                if not passed_over:
+                    break
+                self._failures.clear()  # now that there is nothing else, they are tried again
+                passed_over = False
+                quiet = 0
             # What is stamped in the future twice over comes from a machine whose clock is ahead.
             horizon_us = None if quiet == 2 else self._clock.now()
             listing = self._listing = _Listing(self._dirs["pending"], horizon_us)
@@ -761,25 +750,30 @@ class FemtoQueue:
             return None
         id, used, _ = parsed
         source = f"{directory}/{name}"
-        claim = _format(id, used + 1, now_us + self._lease_us)
+        attempt = min(used + 1, _MAX_ATTEMPT)
+        claim = _format(id, attempt, now_us + self._lease_us)
         path = f"{self._own_dir}/{claim}"
         try:
             if self.max_attempts is not None and used >= self.max_attempts:
-                self._bury(source, id)
+                self._fail_unclaimed(source, id)
                 return None
-            if not _rename(source, path) and not (self._make_own_directory() and _rename(source, path)):
+            there = _rename(source, path)
+            if not there and not (self._make_own_directory(source) and _rename(source, path)):
                 self._miss(claim)
                 return None
             self._check_open()  # close() gives back what it sees, and this may have come after it
             self._misses = 0
             self._claimed_at_us = now_us
-            if self.sync_after_write:
-                self._unsynced[directory] = None
-            return self._load(path, id, used + 1)
+            if self._unsure:
+                self._unsure.discard(claim)
+            task = self._load(path, id, attempt)
+            if task is not None:
+                task._from = directory
+            return task
         except BaseException as error:
             # It was not delivered: back as it was, now, or at the next look, or after the lease.
             self._unsure.add(claim)
-            _rename_back(path, source)
+            _try(_rename, path, source)
             # We were stopped for longer than the lease. Or, on Windows, another is just taking it.
             taken = (FileNotFoundError, PermissionError) if os.name == "nt" else FileNotFoundError
             if isinstance(error, taken) and not _exists(path):
@@ -787,16 +781,17 @@ class FemtoQueue:
             _add_path(error, path)
             raise
 
-    def _make_own_directory(self) -> bool:
-        """Make what an idle worker removes; False if it is there: then the task is missing."""
+    def _make_own_directory(self, source: str) -> bool:
+        """Make what an idle worker removes; False if it is not that which was missing, but `source`."""
         if os.path.isdir(self._own_dir):
-            return False
+            return _exists(source)  # or another thread has just made it
         _make_directory(self._own_dir)
         if self.sync_after_write:
             _sync(self._dirs["in_progress"])
         return True
 
     def _miss(self, claim: str) -> None:
+        """Another worker was quicker: skip names if that is likely to happen again."""
         # The rename may have been done all the same, and its answer lost on a network.
         self._unsure.add(claim)
         self._misses = min(self._misses + 1, 4)
@@ -804,12 +799,14 @@ class FemtoQueue:
             return  # one stale name is no contention yet
         if not self._has_company:
             for owner in _list(self._dirs["in_progress"]):
-                self._note_company(owner.name)
+                if _is_owner(owner.name):
+                    self._note_company(owner.name)
         # Worker processes all try the same oldest name. Those skipped are found by the next listing.
         if self._listing and self._has_company:
             self._listing.skip(1 + os.urandom(1)[0] % 4 ** (self._misses - 1))
 
-    def _bury(self, path: str, id: str) -> None:
+    def _fail_unclaimed(self, path: str, id: str) -> None:
+        """Give up a task that nobody claims, as `fail` would."""
         _log("%s has used up its %s attempts", id, self.max_attempts)
         if self.keep_failed:
             self._file_away(path, "failed", id)
@@ -817,6 +814,7 @@ class FemtoQueue:
             _unlink(path)
 
     def _file_away(self, path: str, state: str, id: str) -> None:
+        """Rename a task into failed/ or corrupt/, which somebody may have removed."""
         target = f"{self._dirs[state]}/{id}"
         if not _rename(path, target) and _make_directory(self._dirs[state]):
             _rename(path, target)
@@ -852,30 +850,22 @@ class FemtoQueue:
         its other name then succeeds and does nothing: POSIX.
         """
         info = os.fstat(descriptor)
-        if info.st_nlink > 1:
-            for state in ("done", "failed"):
-                other = _lstat(f"{self._dirs[state]}/{id}")
-                if other and os.path.samestat(other, info):
-                    return True
-        return False
+        others = (_lstat(f"{self._dirs[state]}/{id}") for state in ("done", "failed"))
+        return info.st_nlink > 1 and any(other and os.path.samestat(other, info) for other in others)
 
     def done(self, task: FemtoTask) -> None:
         """Finish `task`: to done/, or deleted if `keep_done` is off. It is never delivered again.
 
-        Raises
-        ------
-        NotInProgress
-            If the claim was lost: finished already, or its lease ran out and another worker has it.
+        Raises NotInProgress if the claim was lost.
         """
-        _check_task(task)
         self._finish(task, "done", self.keep_done)
 
     def fail(self, task: FemtoTask) -> None:
         """Give `task` up: to failed/, or deleted if `keep_failed` is off. Raises like `done`."""
-        _check_task(task)
         self._finish(task, "failed", self.keep_failed)
 
     def _finish(self, task: FemtoTask, state: str, keep: bool) -> None:
+        _check_task(task)
         if keep:
             self._leave(task, state, f"{self._dirs[state]}/{task.id}", (self._dirs[state],))
         else:
@@ -925,46 +915,60 @@ class FemtoQueue:
     ) -> None:
         """Take `task` out of in_progress/: to `target`, or away. Then sync the directories touched."""
         self._check_open()
-        if task._left:
+        if task._finished:
             raise NotInProgress(f"{task.id} was finished already")
         before = task._verdict
         again = before is not None and before[0] == verdict  # the call before this one raised
         if before and again:
             _, target, directories = before
         task._verdict = (verdict, target, directories)
-        source = task.path
-        for _ in range(4):
-            if _rename(source, target) if target else _unlink(source):
-                break
+        if not (again and task._moved):
             try:
-                source = self._locate(task)
+                self._move_claim(task, target, again)
+            except NotInProgress:
+                task._verdict = before
+                raise
+            task._moved = True
+        if self.sync_after_write:
+            self._sync_unsynced()
+            _sync(
+                *dict.fromkeys((task._from or directories[0], os.path.dirname(task.path), *directories))
+            )
+        task._finished = True
+
+    def _move_claim(self, task: FemtoTask, target: str | None, again: bool) -> None:
+        """Rename a claim to `target`, or delete it, whatever it is called by now."""
+        for _ in range(4):
+            if _rename(task.path, target) if target else _unlink(task.path):
+                return
+            try:
+                task.path = self._locate(task)
             except NotInProgress:
                 # Was the rename done in spite of an error, or of the answer that there is no such file?
-                sure = self._is_still_ours(task) or (again and target)
-                if not sure or (target and not _exists(target)):
-                    task._verdict = before
+                if not self._is_still_ours(task) and not (again and target):
                     raise
-                break
+                if target and not _exists(target):
+                    raise
+                return
             if target and _make_directory(os.path.dirname(target)) and self.sync_after_write:
                 _sync(os.path.dirname(os.path.dirname(target)))  # somebody had removed it
-        else:
-            raise _gone(target or source)
-        if self.sync_after_write:
-            self._sync_unsynced(os.path.dirname(source), *directories)
-        task._left = True
+        raise _gone(target or task.path)
 
-    def _sync_unsynced(self, *directories: str) -> None:
-        """Sync these, and both sides of the renames that were left to be synced.
+    def _sync_unsynced(self) -> None:
+        """Sync both sides of the renames that were left to be synced.
 
         The old side first: on btrfs, a file whose new name alone is certain comes back under the old
         one as well.
         """
-        unsynced, self._unsynced = self._unsynced, {}
-        try:
-            _sync(*dict.fromkeys((*unsynced, *directories)))
-        except BaseException:
-            self._unsynced = unsynced | self._unsynced
-            raise
+        if not self.sync_after_write:
+            return
+        with self._sync_lock:  # another thread must not return before what this one took up is on disk
+            unsynced, self._unsynced = self._unsynced, {}
+            try:
+                _sync(*unsynced)
+            except BaseException:
+                self._unsynced = unsynced | self._unsynced
+                raise
 
     def _is_still_ours(self, task: FemtoTask) -> bool:
         """Is there nobody else who could have moved this claim?"""
@@ -979,6 +983,8 @@ class FemtoQueue:
         path = _find_claim(f"{self._dirs['in_progress']}/{owner}", task.id, task.attempt)
         if owner and path:
             return path
+        if not _exists(self._dirs["in_progress"]):  # unmounted, or moved away: that tells nothing
+            raise _gone(self._dirs["in_progress"])
         raise NotInProgress(
             f"{task.id}: attempt {task.attempt} is not in progress; it was finished already, "
             "or its lease ran out (a longer timeout_stale_ms, or touch(), prevents that)"
@@ -993,44 +999,49 @@ class FemtoQueue:
         self._look_at_us = now_us + _LOOK_US
         if now_us >= self._sweep_at_us:
             self._sweep_at_us = now_us + _SWEEP_US
+            self._failures.clear()
             self._sweep(now_us, errors)
         recovered = self._recover(now_us, errors)
         return self._promote(errors) or recovered
 
     def _recover(self, now_us: int, errors: list[OSError]) -> bool:
-        """Take back the tasks of owners that are gone, and those whose lease ran out."""
+        """Take back claims of owners that are gone, never delivered ones, and those out of lease."""
         back: list[tuple[str, str]] = []
         unsure, self._unsure = self._unsure, set()
         self._has_company = False
         for owner in _list(self._dirs["in_progress"], errors):
             if not _is_owner(owner.name) or not owner.is_dir(follow_symlinks=False):
                 continue
+            if self._is_passed_over(owner.path):
+                continue
             self._note_company(owner.name)
             mine = owner.name == self._owner
             alive = _is_alive(owner.name, self.node_id)
-            names = _names(owner.path, errors)
+            try:
+                names = _names(owner.path)
+            except OSError as error:
+                self._note_failure(owner.path, error, errors)
+                continue
             for name in names:
-                if parsed := _parse(name):
+                path = f"{owner.path}/{name}"
+                if (parsed := _parse(name)) and not self._is_passed_over(path):
                     id, used, deadline_us = parsed
                     undelivered = mine and name in unsure
                     lease_is_over = deadline_us < now_us
                     if undelivered or alive is False or lease_is_over:
-                        before = _format(id, used - 1 if undelivered else used)
-                        back.append((before, f"{owner.path}/{name}"))
+                        back.append((_format(id, used - 1 if undelivered else used), path))
             idle = mine and now_us - self._claimed_at_us > _LINGER_US
             if not names and (idle or alive is False):
                 _remove_directory(owner.path)
         found = self._make_pending(sorted(back)[:_BATCH], errors)
-        if errors:
-            self._unsure |= unsure
+        self._unsure |= {name for name in unsure if f"{self._own_dir}/{name}" in self._failures}
         return found
 
     def _note_company(self, owner: str) -> None:
-        if _is_owner(owner):
-            me = _identity()
-            pid, start, place = owner.split("~")[1:4]
-            self._has_hosts |= place != me.place
-            self._has_company |= (pid, start, place) != (str(me.pid), me.start, me.place)
+        """Remember if there are other processes that claim tasks, and other machines."""
+        process, ours = owner.split("~")[1:4], self._owner.split("~")[1:4]  # PID, start, place
+        self._has_company |= process != ours
+        self._has_hosts |= process[2] != ours[2]
 
     def _promote(self, errors: list[OSError]) -> bool:
         """Make due tasks pending, earliest first; tell if there were any."""
@@ -1045,16 +1056,16 @@ class FemtoQueue:
         What is found not to be due yet is sorted into closer buckets, not to be read at each look.
         """
         top = self._dirs["scheduled"]
-        now_text = "%016d" % now_us
         due: list[tuple[int, str, str]] = []
-        entries = _list(top, errors)
-        starts = (_time_us(entry.name) for entry in entries if entry.name[:16] > now_text)
-        next_due_us = min(filter(None, starts), default=_MAX_US)
+        next_due_us = _MAX_US
         moved_closer = 0
-        begun = [entry for entry in entries if entry.name[:16] <= now_text]
-        for entry in sorted(begun, key=lambda entry: entry.name):
+        for entry in sorted(_list(top, errors), key=lambda entry: entry.name):
+            start_us = _time_us(entry.name)
+            if start_us > now_us:
+                next_due_us = min(next_due_us, start_us)
+                break
             if len(due) >= _BATCH:
-                break  # the rest when these are gone, or at the next look
+                continue  # the rest when these are gone, or at the next look
             if _is_bucket(entry):
                 directory, names = entry.path, _names(entry.path, errors)
                 if not names:
@@ -1066,11 +1077,13 @@ class FemtoQueue:
                     continue
                 id, used, due_us = parsed
                 path = f"{directory}/{name}"
+                if self._is_passed_over(path):
+                    continue
                 if due_us <= now_us:
                     due.append((due_us, _format(id, used), path))
                     continue
                 next_due_us = min(next_due_us, due_us)
-                if moved_closer < _BATCH and _period("scheduled", due_us)[0] > _time_us(entry.name):
+                if moved_closer < _BATCH and _period("scheduled", due_us)[0] > start_us:
                     moved_closer += self._move(path, "scheduled", due_us, name, errors)
         return due, next_due_us
 
@@ -1079,8 +1092,7 @@ class FemtoQueue:
         moved = sum(self._move(path, "pending", _time_us(name), name, errors) for name, path in tasks)
         if moved:
             self._forget_listings()
-            if self.sync_after_write:
-                self._sync_unsynced()
+            self._sync_unsynced()
         return moved > 0
 
     def _move(self, path: str, state: str, time_us: int, name: str, errors: list[OSError]) -> bool:
@@ -1090,7 +1102,7 @@ class FemtoQueue:
         except OSError as error:
             # On Windows, whoever works on the file keeps it from being renamed.
             if os.name != "nt" or not isinstance(error, PermissionError):
-                errors.append(error)
+                self._note_failure(path, error, errors)
             return False
         if bucket and self.sync_after_write:
             self._unsynced.update(dict.fromkeys((os.path.dirname(path), *bucket.directories())))
@@ -1106,10 +1118,11 @@ class FemtoQueue:
         """Delete what dead writers left half-written, and the empty directories of forgotten owners."""
         for entry in _list(self._dirs["creating"], errors):
             owner, _, stamp = entry.name.rpartition("~")
-            if _is_owner(owner) and _is_digits(stamp[:16], 16) and _is_file(entry):
+            begun_us = _time_us(stamp)
+            if _is_owner(owner) and begun_us and _is_file(entry):
                 alive = _is_alive(owner, self.node_id)
-                if alive is False or (alive is None and now_us - int(stamp[:16]) > _ORPHAN_US):
-                    _discard(entry.path)
+                if alive is False or (alive is None and now_us - begun_us > _ORPHAN_US):
+                    _try(_unlink, entry.path)
         for entry in _list(self._dirs["in_progress"], errors):
             if _is_owner(entry.name) and _is_alive(entry.name, self.node_id) is None:
                 info = _lstat(entry.path)
@@ -1132,33 +1145,38 @@ class FemtoQueue:
         return {state: sum(1 for _ in self._walk(state)) for state in STATES}
 
     def ids(self, state: str) -> Iterator[str]:
-        """The ids of all tasks in `state`, in the order in which they are due.
+        """The ids of all tasks in `state`, oldest first, or in the order in which they are due.
 
         Lazy where it matters: of pending/, one bucket at a time is in memory.
         """
         self._check_open()
         _check_state(state, STATES)
-        return (name.partition("~")[0] for name, _ in self._walk(state))
+        return (id for id, _, _ in self._walk(state))
 
-    def _walk(self, state: str) -> Iterator[tuple[str, str]]:
-        """Name and directory of each task of `state`, first one first."""
-        found: Iterable[tuple[str, str]]
+    def _walk(self, state: str) -> Iterator[tuple[str, int, str]]:
+        """Id, due time or deadline, and directory of each task of `state`, first one first."""
+        files: Iterable[tuple[str, str]] = self._files(state)
         if state == "pending":
-            found = iter(_Listing(self._dirs[state]).next, None)
+            files = iter(_Listing(self._dirs[state]).next, None)
         elif state == "scheduled":
-            dated = [(parsed[2], *file) for file in self._files(state) if (parsed := _parse(file[0]))]
-            found = [(name, directory) for _, name, directory in sorted(dated)]
+            dated = [(parsed[2], *file) for file in files if (parsed := _parse(file[0]))]
+            files = [(name, directory) for _, name, directory in sorted(dated)]
         else:
-            found = sorted(self._files(state))
+            files = sorted(files)
         last = ""
-        for name, directory in found:
+        for name, directory in files:
             # The same name twice running: readdir of a distributed filesystem.
-            if name != last and _parse(name) is not None:
-                yield name, directory
+            if name != last and (parsed := _parse(name)):
+                yield parsed[0], parsed[2], directory
             last = name
 
-    def _files(self, state: str, until: str = "~") -> Iterator[tuple[str, str]]:
-        """Name and directory of each regular file, those of the youngest directory first."""
+    def _files(
+        self, state: str, until: str = "~", errors: list[OSError] | None = None
+    ) -> Iterator[tuple[str, str]]:
+        """Name and directory of each regular file, those of the youngest directory first.
+
+        What lies under a name above `until` is passed over; "~" is above all names.
+        """
         top = self._dirs[state]
         for entry in sorted(_list(top), key=lambda entry: entry.name, reverse=True):
             if entry.name > until:
@@ -1168,7 +1186,7 @@ class FemtoQueue:
             else:
                 inner = state in _BUCKETED and _is_bucket(entry)
             if inner:
-                yield from ((name, entry.path) for name in _names(entry.path))
+                yield from ((name, entry.path) for name in _names(entry.path, errors))
             elif state != "in_progress" and _is_file(entry):
                 yield entry.name, top
 
@@ -1193,69 +1211,31 @@ class FemtoQueue:
                 if name.startswith(id) and (_parse(name) or "")[:1] == (id,):
                     yield state, f"{directory}/{name}"
 
-    def _report(self) -> dict[str, list[dict[str, object]]]:
-        """What the `status` command shows: each state, and each owner of claims."""
-        states: list[dict[str, object]] = []
-        for state in STATES:
-            now_us = _wall_us() if state == "scheduled" else self._clock.now()
-            oldest = None
-            count = 0
-            for name, _ in self._walk(state):
-                count += 1
-                parsed = _parse(name)
-                if parsed and oldest is None:
-                    oldest = (now_us - (parsed[2] if state == "scheduled" else int(name[:16]))) / 1e6
-            states.append({"state": state, "count": count, "oldest_s": oldest})
-        claims: dict[str, list[int]] = {}
-        for name, directory in self._walk("in_progress"):
-            if parsed := _parse(name):
-                claims.setdefault(os.path.basename(directory), []).append(parsed[2])
-        alive = {True: "yes", False: "no", None: "unknown"}
-        owners: list[dict[str, object]] = [
-            {
-                "node_id": owner.split("~")[0],
-                "pid": int(owner.split("~")[1]),
-                "alive": alive[_is_alive(owner, self.node_id)],
-                "tasks": len(deadlines),
-                "lease_left_s": (min(deadlines) - self._clock.now()) / 1e6,
-            }
-            for owner, deadlines in claims.items()
-        ]
-        return {"states": states, "owners": owners}
-
     # --- housekeeping -----------------------------------------------------------------------------
 
     def cancel(self, id: str) -> bool:
         """Drop a pending or scheduled task; False if there is none of this id to drop."""
-
-        def drop(path: str) -> tuple[str, ...]:
-            return (os.path.dirname(path),) if _unlink(path) else ()
-
-        return self._change("cancel", id, _BUCKETED, drop)
+        self._check_open()
+        for _, path in self._find(id, _BUCKETED):
+            if _unlink(path):
+                return self._confirm("cancel", id, os.path.dirname(path))
+        return self._confirm("cancel", id)
 
     def requeue(self, id: str) -> bool:
         """Make a failed, corrupt or done task pending again, at its old place, with no attempt used.
 
         False if there is none of this id. A corrupt one must have been repaired, or is corrupt again.
         """
-
-        def revive(path: str) -> tuple[str, ...]:
-            bucket = self._enter(path, "pending", _time_us(id), id)
-            self._forget_listings()
-            return (os.path.dirname(path), *bucket.directories()) if bucket else ()
-
-        return self._change("requeue", id, ("failed", "corrupt", "done"), revive)
-
-    def _change(
-        self, call: str, id: str, states: Sequence[str], change: Callable[[str], tuple[str, ...]]
-    ) -> bool:
-        """Apply `change` to the task in one of these states, and sync the directories it returns.
-
-        Should that fail, the same call made again does it.
-        """
         self._check_open()
-        found = (change(path) for _, path in self._find(id, states))
-        touched = next(filter(None, found), ()) + self._unconfirmed.pop((call, id), ())
+        for _, path in self._find(id, ("failed", "corrupt", "done")):
+            if bucket := self._enter(path, "pending", _time_us(id), id):
+                self._forget_listings()
+                return self._confirm("requeue", id, os.path.dirname(path), *bucket.directories())
+        return self._confirm("requeue", id)
+
+    def _confirm(self, call: str, id: str, *touched: str) -> bool:
+        """Sync what the call touched, or touched before without confirming it; False for nothing."""
+        touched += self._unconfirmed.pop((call, id), ())
         if self.sync_after_write and touched:
             try:
                 _sync(*touched)
@@ -1275,12 +1255,8 @@ class FemtoQueue:
         until_s = time.time() - older_than_s
         count = 0
         for entry in _list(self._dirs[state]):
-            if _is_id(entry.name) and _is_file(entry):
-                try:
-                    info = entry.stat(follow_symlinks=False)
-                except FileNotFoundError:
-                    continue  # somebody else purges as well
-                # A rename sets the change time; on Windows that field is the time of creation.
+            if _is_id(entry.name) and _is_file(entry) and (info := _lstat(entry.path)):
+                # On Windows, that field is the time of creation.
                 finished_s = info.st_mtime if os.name == "nt" else info.st_ctime
                 if finished_s <= until_s:
                     count += _unlink(entry.path)
@@ -1294,11 +1270,11 @@ class FemtoQueue:
         It only watches: others must be working.
         """
         self._check_open()
-        if timeout is not None:
-            _check_timeout(timeout)
+        _check_timeout(timeout)
         end_s = None if timeout is None else time.monotonic() + timeout
         # Twice, since a task can move back from in_progress/ behind the reader.
-        while any(self._holds(state) for state in STATES[:3] + STATES[:3]):
+        unfinished = STATES[:3] * 2
+        while any(_parse(name) for state in unfinished for name, _ in self._files(state)):
             left_s = _POLL_S if end_s is None else end_s - time.monotonic()
             if left_s <= 0:
                 return False
@@ -1306,28 +1282,35 @@ class FemtoQueue:
             self._check_open()
         return True
 
-    def _holds(self, state: str) -> bool:
-        return any(_parse(name) is not None for name, _ in self._files(state))
-
     def close(self) -> None:
-        """Give back what this object claimed and did not finish. Every later call raises."""
-        if self._closed:
+        """Give back what this object claimed and did not finish. Any other call raises from now on."""
+        if self._given_back:
             return
+        self._begin_in_child()
         self._closed = True
-        _objects.pop(self._owner, None)  # from here on it is judged dead, should this be cut short
+        # From here on it is judged dead, should this be cut short.
+        _objects.pop(self._owner, None)
+        _owners.pop(self._owner, None)
         errors: list[OSError] = []
         claims = [(name, claim) for name in _names(self._own_dir) if (claim := _parse(name))]
         back = [(_format(id, used), f"{self._own_dir}/{name}") for name, (id, used, _) in claims]
         self._make_pending(back, errors)
         if errors:
-            raise errors[0].with_traceback(None)
-        if self.sync_after_write:
-            self._sync_unsynced()
+            del errors[1:]
+            raise errors.pop()  # out of the list: it holds this frame, and this object
+        self._sync_unsynced()
         _remove_directory(self._own_dir)
+        self._given_back = True
 
     def _check_open(self) -> None:
         if self._closed:
             raise FemtoQueueError(f"{self!r} is closed; make a new one")
+        self._begin_in_child()
+
+    def _begin_in_child(self) -> None:
+        """Become another owner, if this process was forked from the one that made this object."""
+        if self._process != _process_count:
+            self._begin_in_this_process()
 
     def __enter__(self) -> FemtoQueue:
         self._check_open()
@@ -1342,24 +1325,16 @@ class FemtoQueue:
         """Hand task after task to `handler`: what a worker's main program usually is.
 
         When it returns, the task is done. When it raises, the exception is logged and the task comes
-        back after a delay that doubles with each attempt, from a second to an hour, until
-        `max_attempts` are used up. While it runs, the lease is kept alive; `task.lost` tells a handler
-        that it was lost all the same, because the process was stopped for longer.
+        back after a delay that doubles with each attempt, from a second to an hour, more or less by up
+        to half, until `max_attempts` are used up. While it runs, the lease is kept alive; `task.lost`
+        tells a handler that it was lost all the same, because the process was stopped for longer.
 
         In the main thread, SIGTERM, SIGINT and SIGHUP let the handler finish and then end the loop. A
         second one gives the task back at once, and raises SystemExit or KeyboardInterrupt.
 
-        Parameters
-        ----------
-        handler : callable
-            Takes a FemtoTask. What it returns is ignored. It may finish the task itself.
-        until_empty : bool
-            Return when nothing is pending or due, instead of waiting for more.
-
-        Returns
-        -------
-        int
-            How many tasks were handled without an exception, and in time.
+        The handler may finish the task itself; what it returns is ignored. `until_empty` ends the loop
+        when nothing is pending or due, instead of waiting for more. Returns how many tasks were handled
+        without an exception, and in time.
         """
         if not callable(handler):
             raise TypeError(f"handler: expected a callable, got {type(handler).__name__}")
@@ -1384,16 +1359,17 @@ class FemtoQueue:
         return count
 
     def _handle(self, task: FemtoTask, handler: Callable[[FemtoTask], object]) -> bool:
+        """Run the handler for one task and finish it; tell if both went well."""
         try:
             try:
                 handler(task)
             except Exception as error:
                 _log("%s: attempt %s failed: %s", task.id, task.attempt, error, error=error)
-                if not task._left:
+                if not task._finished:
                     delay_ms = min(1_000 * 2 ** min(task.attempt - 1, 12), 3_600_000)
                     self.retry(task, delay_ms * (0.5 + os.urandom(1)[0] / 255))
                 return False
-            if not task._left:
+            if not task._finished:
                 self.done(task)
             return True
         except NotInProgress:
@@ -1401,7 +1377,7 @@ class FemtoQueue:
             return False
         except BaseException:
             try:
-                if not task._left:
+                if not task._finished:
                     self._give_back(task, 0)
             except NotInProgress:
                 pass  # it was finished before the exception came
@@ -1418,7 +1394,7 @@ class FemtoQueue:
                     _log("%s: its lease could not be renewed", task.id, error=error)
 
 
-# --- names: the only place that knows their grammar ---------------------------------------------------
+# --- names --------------------------------------------------------------------------------------------
 
 
 def _format(id: str, used: int, time_us: int | None = None) -> str:
@@ -1473,7 +1449,7 @@ def _is_file(entry: os.DirEntry[str]) -> bool:
 def _is_original(entry: os.DirEntry[str]) -> bool:
     """Is this a task file of the original femtoqueue?"""
     time_text, underscore, _ = entry.name.partition("_")
-    if not (underscore and _is_digits(time_text.lstrip("-")) and len(time_text) <= 16):
+    if not (underscore and _is_digits(time_text.removeprefix("-")) and len(time_text) <= 16):
         return False
     if not _is_file(entry):
         return False
@@ -1486,15 +1462,12 @@ def _is_original(entry: os.DirEntry[str]) -> bool:
         return False
 
 
-def _read_more(descriptor: int, path: str, data: bytes) -> bytes | None:
-    """The rest behind `data`; None for more than is kept in memory, rewound to the beginning."""
-    info = os.fstat(descriptor)
-    if not stat.S_ISREG(info.st_mode):
-        raise OSError(errno.EINVAL, "not a regular file any more", path)
-    if info.st_size > _CHUNK:
-        os.lseek(descriptor, 0, os.SEEK_SET)
-        return None
-    return data + b"".join(_chunks(descriptor))
+# --- payloads -----------------------------------------------------------------------------------------
+
+
+def _chunks(descriptor: int) -> Iterator[bytes]:
+    while chunk := os.read(descriptor, _CHUNK):
+        yield chunk
 
 
 def _crc(descriptor: int) -> int:
@@ -1502,6 +1475,17 @@ def _crc(descriptor: int) -> int:
     for chunk in _chunks(descriptor):
         crc = zlib.crc32(chunk, crc)
     return crc
+
+
+def _read_more(descriptor: int, path: str, data: bytes) -> bytes | None:
+    """`data` and what follows it in the file; None if that is too much to be kept in memory."""
+    info = os.fstat(descriptor)
+    if not stat.S_ISREG(info.st_mode):
+        raise OSError(errno.EINVAL, "not a regular file any more", path)
+    if info.st_size > _CHUNK:
+        os.lseek(descriptor, 0, os.SEEK_SET)  # for who computes the CRC-32
+        return None
+    return data + b"".join(_chunks(descriptor))
 
 
 def _find_payload(descriptor: int, id: str) -> int | None:
@@ -1512,7 +1496,7 @@ def _find_payload(descriptor: int, id: str) -> int | None:
     """
     stem, _, crc_text = id.rpartition(".")
     nonce = stem.rpartition("_")[2]
-    if len(crc_text) == 8 and len(nonce) >= 18 and not set(crc_text + nonce) - _HEX:
+    if len(crc_text) == 8 and len(nonce) >= 18 and set(crc_text + nonce) <= set("0123456789abcdef"):
         return None  # it does tell, and another one
     os.lseek(descriptor, 0, os.SEEK_SET)
     header = os.read(descriptor, _LEGACY_HEADER)
@@ -1527,20 +1511,27 @@ def _find_payload(descriptor: int, id: str) -> int | None:
     return None if _LEGACY_NAME in id else 0
 
 
-class _Bucket:
-    """A directory that this object puts tasks into, and what it has put there."""
+# --- buckets, and how pending/ is read ----------------------------------------------------------------
 
-    def __init__(self, parent: str, start_us: int, end_us: int, shared: bool, durable: bool) -> None:
+
+class _Bucket:
+    """A directory that this object puts tasks into, and what it has put there.
+
+    Everybody begins with the bucket of the current period, and goes on to others of up to 1,000 tasks,
+    so that no directory becomes large. In scheduled/ the periods are a tenth of the wait or shorter: a
+    bucket that has begun soon falls due as a whole.
+    """
+
+    def __init__(self, parent: str, start_us: int, end_us: int, shared: bool, room: int) -> None:
         self.parent = parent
         self.path = "%s/%016d" % (parent, start_us)
         self.start_us = start_us
         self.end_us = end_us
         self.shared = shared  # with all producers of this period
-        # Durable producers leave the shared one soon: there each task costs a sync more.
-        self.room = 1 if durable and shared else _BUCKET_TASKS
+        self.room = room
         self.used = 0
         self.newest_us = start_us
-        self.made = False  # by us, or found
+        self.made = False  # by us, or found when we tried to
         self.durable = False  # its own entry is on disk
 
     def accepts(self, time_us: int) -> bool:
@@ -1564,14 +1555,15 @@ def _period(state: str, time_us: int) -> tuple[int, int]:
     width = _BUCKET_US
     if state == "scheduled":
         width = max(_CLOSE_US, 10 ** (len(str(max(0, time_us - _wall_us()))) - 2))
-    return time_us - time_us % width, time_us - time_us % width + width
+    start_us = time_us - time_us % width
+    return start_us, start_us + width
 
 
 class _Listing:
     """The names in pending/, smallest first, opening each bucket only when its turn comes.
 
     A listing is no snapshot: readdir may miss a name and still show a later one that was added
-    meanwhile. So it hides what was stamped after it began; that belongs to the next one.
+    meanwhile. So it hides what was stamped after the horizon; that belongs to the next one.
     """
 
     def __init__(self, directory: str, horizon_us: int | None = None) -> None:
@@ -1581,7 +1573,7 @@ class _Listing:
         self.empty: list[str] = []
         self.directories = [directory]
         self._end = "~" if horizon_us is None else "%016d~" % horizon_us
-        self._lock = _thread.allocate_lock()
+        self._lock = _thread.RLock()
         # All of these in descending order, so that the next one is the last.
         self._final: list[tuple[str, str]] = []  # nothing that is not in here yet is smaller
         self._hand: list[tuple[str, str]] = []
@@ -1609,11 +1601,12 @@ class _Listing:
                         return None
 
     def skip(self, count: int) -> None:
-        if count:
-            self.skipped = True
-            del self._final[-count:]
+        """Leave so many names to the next listing."""
+        self.skipped = True
+        del self._final[-count:]
 
     def _open_more(self) -> bool:
+        """Open buckets until the smallest names in hand are final; False if nothing is left."""
         while self._buckets and not (self._hand and self._hand[-1][0] < self._buckets[-1]):
             bucket = f"{self.directories[0]}/{self._buckets.pop()}"
             self.directories.append(bucket)
@@ -1625,24 +1618,23 @@ class _Listing:
         if self._hand and self._hand[0][0] < next_bucket:
             self._final, self._hand = self._hand, []
         else:  # what is smaller than the next bucket's name: nothing in there is older
+            final = []
             while self._hand and self._hand[-1][0] < next_bucket:
-                self._final.append(self._hand.pop())
-            self._final.reverse()
+                final.append(self._hand.pop())
+            self._final = final[::-1]  # at once: other threads take from it
         return bool(self._final)
 
     def _take_up(self, names: list[str], directory: str) -> None:
+        """Add the tasks of a directory to those in hand."""
         tasks = [name for name in names if name[16:17] == "_"]
         end = self._end
         listed = [(name, directory) for name in tasks if name <= end]
         self.hides |= len(listed) < len(tasks)
-        listed.sort(reverse=True)
-        if self._hand:
-            listed += self._hand
-            listed.sort(reverse=True)
-        self._hand = listed
+        self._hand += listed
+        self._hand.sort(reverse=True)
 
 
-# --- the filesystem: the only place that renames, deletes, lists and syncs ----------------------------
+# --- the filesystem: the only place that renames, deletes and lists -----------------------------------
 
 
 def _rename(source: str, target: str) -> bool:
@@ -1682,29 +1674,10 @@ def _lstat(path: str) -> os.stat_result | None:
         return None
 
 
-def _add_path(error: BaseException, path: str) -> None:
-    """An error about a descriptor lacks it."""
-    if isinstance(error, OSError) and error.filename is None:
-        error.filename = path
-
-
-def _gone(path: str) -> FileNotFoundError:
-    return FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), path)
-
-
-def _discard(*paths: str) -> None:
-    """Delete what must not stay if that can be helped: the error that led here is what counts."""
-    for path in paths:
-        try:
-            _unlink(path)
-        except OSError:
-            pass
-
-
-def _rename_back(target: str, source: str) -> None:
-    """Undo a rename after a failure, if it went that far and if that can be helped."""
+def _try(call: Callable[..., object], *arguments: object) -> None:
+    """Clean up if that can be helped: what led here is what counts."""
     try:
-        _rename(target, source)
+        call(*arguments)
     except OSError:
         pass
 
@@ -1731,6 +1704,13 @@ def _names(directory: str, errors: list[OSError] | None = None) -> list[str]:
                 raise
             errors.append(error)
         return []
+
+
+def _raise_unless_hidden(errors: list[OSError]) -> None:
+    """What other users keep to themselves has to be left out."""
+    for error in errors:
+        if not isinstance(error, PermissionError):
+            raise error.with_traceback(None)
 
 
 def _find_claim(directory: str, id: str, attempt: int) -> str | None:
@@ -1761,7 +1741,7 @@ def _create(path: str, chunks: Iterable[bytes]) -> tuple[int, int]:
             while written < len(chunk):
                 written += os.write(descriptor, memoryview(chunk)[written:])
     except BaseException as error:
-        _discard(path)
+        _try(_unlink, path)
         _add_path(error, path)
         os.close(descriptor)
         raise
@@ -1785,11 +1765,8 @@ def _make_directory(path: str) -> list[str]:
 
 
 def _remove_directory(path: str) -> None:
-    # Somebody else may fill, remove or own it. An empty directory that stays costs one listing.
-    try:
-        os.rmdir(path)
-    except OSError:
-        pass
+    """Remove it if it is empty and ours to remove; one that stays costs one listing."""
+    _try(os.rmdir, path)
 
 
 def _sync(*directories: str) -> None:
@@ -1828,21 +1805,9 @@ def _open_regular(path: str, flags: int) -> int:
         if not stat.S_ISREG(os.fstat(descriptor).st_mode):
             raise ValueError(f"path: {path!r} is not a regular file")
     except BaseException:
-        _close_reader(descriptor)
+        _try(os.close, descriptor)
         raise
     return descriptor
-
-
-def _close_reader(descriptor: int) -> None:
-    try:
-        os.close(descriptor)
-    except OSError:
-        pass  # nothing was written
-
-
-def _chunks(descriptor: int) -> Iterator[bytes]:
-    while chunk := os.read(descriptor, _CHUNK):
-        yield chunk
 
 
 # --- time ---------------------------------------------------------------------------------------------
@@ -1861,7 +1826,8 @@ class _Clock:
 
     def __init__(self, offset_us: int) -> None:
         self.offset_us = offset_us
-        self.lock = _thread.allocate_lock()  # threading's, without the cost of importing it
+        # Reentrant: a signal handler may push in the midst of a push.
+        self.lock = _thread.RLock()  # threading's, without the cost of importing it
         self._last_us = 0
 
     def now(self) -> int:
@@ -1873,7 +1839,7 @@ class _Clock:
             now_us = int(time.monotonic() * 1_000_000) + self.offset_us
             if now_us <= self._last_us:
                 now_us = self._last_us + 1
-            self._last_us = now_us
+            self._last_us = max(now_us, self._last_us)
             return now_us
 
 
@@ -1890,6 +1856,9 @@ def _read_offset(path: str) -> int | None:
         raise
     try:
         text = os.read(descriptor, 100).decode("ascii", "replace")
+    except OSError as error:
+        _add_path(error, path)
+        raise
     finally:
         os.close(descriptor)
     # The line's end is what a half-written number lacks.
@@ -1909,22 +1878,20 @@ class _Identity:
         self.pid = os.getpid()
         itself = _process("self")
         self.start = itself[2] if itself else "0"
-        try:
-            with open("/proc/sys/kernel/random/boot_id", "rb") as file:
-                boot = file.read().decode().replace("-", "")[:12]
+        boot = _read_text("/proc/sys/kernel/random/boot_id")
+        if boot:
             # A time namespace has a monotonic clock of its own.
-            self.boot = f"{boot}.{_namespace('time')}"
+            self.boot = f"{boot.replace('-', '')[:12]}.{_namespace('time')}"
             self.place = f"{self.boot}.{_namespace('pid')}"
-        except OSError:
+        else:
             # Not Linux. The boot is told by when it was, which only a change of the wall clock alters.
-            host = _host_name()
-            self.place = f"{zlib.crc32(host.encode()):08x}"
-            self.boot = f"{self.place}.{(_wall_us() - _monotonic_us()) // 10**8}"
-        try:
-            # Mounted from another PID namespace, /proc shows other processes under our numbers.
-            self.sees_processes = os.readlink("/proc/self") == str(self.pid)
-        except OSError:
-            self.sees_processes = False
+            up_s = time.monotonic()
+            if sys.platform == "darwin":
+                up_s = time.clock_gettime(time.CLOCK_MONOTONIC)  # the other one stops during sleep
+            self.place = f"{zlib.crc32(_host_name().encode()):08x}"
+            self.boot = f"{self.place}.{int(time.time() - up_s) // 100}"
+        # Mounted from another PID namespace, /proc shows other processes under our numbers.
+        self.sees_processes = _read_link("/proc/self") == str(self.pid)
 
 
 def _host_name() -> str:
@@ -1933,21 +1900,35 @@ def _host_name() -> str:
     return os.uname().nodename
 
 
-def _namespace(kind: str) -> str:
+def _read_text(path: str) -> str | None:
+    """A file of /proc; None if there is none for us.
+
+    Other errors are raised: a process short of descriptors must not take itself for another one.
+    """
     try:
-        return "".join(filter(str.isdigit, os.readlink(f"/proc/self/ns/{kind}"))) or "0"
-    except OSError:
-        return "0"  # a kernel without this kind
+        with open(path, "rb") as file:
+            return file.read().decode("ascii", "replace").strip()
+    except (FileNotFoundError, NotADirectoryError, PermissionError, ProcessLookupError):
+        return None
+
+
+def _read_link(path: str) -> str:
+    """What a link of /proc says, or nothing; errors as above."""
+    try:
+        return os.readlink(path)
+    except (FileNotFoundError, NotADirectoryError, PermissionError, AttributeError):
+        return ""
+
+
+def _namespace(kind: str) -> str:
+    # "0": a kernel without this kind
+    return "".join(filter(str.isdigit, _read_link(f"/proc/self/ns/{kind}"))) or "0"
 
 
 def _process(pid: int | str) -> tuple[str, int, str] | None:
     """State, number of threads and start time of a process; None if /proc does not tell: proc(5)."""
-    try:
-        with open(f"/proc/{pid}/stat", "rb") as file:
-            fields = file.read().decode("ascii", "replace").rpartition(")")[2].split()
-        return fields[0], int(fields[17]), fields[19]
-    except (OSError, IndexError, ValueError):
-        return None
+    fields = (_read_text(f"/proc/{pid}/stat") or "").rpartition(")")[2].split()
+    return (fields[0], int(fields[17]), fields[19]) if len(fields) > 19 else None
 
 
 def _is_owner(name: str) -> bool:
@@ -1964,10 +1945,11 @@ def _is_alive(owner: str, node_id: str) -> bool | None:
     node, pid_text, start, place, _ = owner.split("~")
     me = _identity()
     if place != me.place:  # another machine, boot or container; a node_id is in one place at a time
-        return False if node == node_id else None
+        known = "." in place and "." in me.place  # or /proc did not tell one of us where it is
+        return False if node == node_id and known else None
     pid = int(pid_text)
     if pid == me.pid and start == me.start:
-        return owner in _objects
+        return owner in _owners
     if os.name == "nt":
         return None  # os.kill(pid, 0) would end that process
     try:
@@ -1976,7 +1958,10 @@ def _is_alive(owner: str, node_id: str) -> bool | None:
         return False
     except (OSError, OverflowError):
         pass  # not permitted: it is there
-    seen = _process(pid) if me.sees_processes else None
+    try:
+        seen = _process(pid) if me.sees_processes else None
+    except OSError:
+        return True  # unknown
     if seen is None:
         return True
     state, threads, started = seen
@@ -1986,8 +1971,12 @@ def _is_alive(owner: str, node_id: str) -> bool | None:
 
 
 _me: _Identity | None = None
-_forks = 0  # of this process; another one holds the same tasks as before each
+_process_count = 0  # how many forks away this process is from the one that imported this module
+_forks = 0  # of this process: tasks popped before one are held by the other process as well
 _objects: weakref.WeakValueDictionary[str, FemtoQueue] = weakref.WeakValueDictionary()
+# The same, of all copies of this file in this process: one library may have vendored it, and another.
+_owners: weakref.WeakValueDictionary[str, object]
+_owners = vars(sys).setdefault("_femtoqueue_owners", weakref.WeakValueDictionary())
 
 
 def _identity() -> _Identity:
@@ -2010,16 +1999,18 @@ def _note_fork() -> None:
 
 
 def _begin_in_child() -> None:
-    """After a fork: the child is another owner, and no lock may stay held by a thread it lacks."""
-    global _me
+    """After a fork: the child is another owner, and no lock may stay held by a thread it lacks.
+
+    Each object becomes that owner at its next call, which can raise what goes wrong then.
+    """
+    global _me, _process_count
     _me = None
+    _process_count += 1
     _note_fork()
-    objects = list(_objects.values())
     _objects.clear()
-    for queue in objects:
-        queue._begin_in_this_process()
-        queue._clock.lock = _thread.allocate_lock()
-        _objects[queue._owner] = queue
+    _owners.clear()
+    for clock in list(_clocks.values()):
+        clock.lock = _thread.RLock()
 
 
 if sys.platform != "win32":
@@ -2076,12 +2067,13 @@ def _due_us(time_us: int | datetime.datetime) -> int:
 def _check_number(name: str, value: float, least: float, most: float, unit: str) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name}: expected a number of {unit}, got {type(value).__name__}")
-    if not least <= value <= most:
+    if not least <= value <= most or (isinstance(value, int) and value > 1e300):  # no float is above
         raise ValueError(f"{name}: {value} is not between {least:g} and {most:g} ({unit})")
 
 
-def _check_timeout(timeout: float) -> None:
-    _check_number("timeout", timeout, 0, float("inf"), "seconds, or None to wait for ever")
+def _check_timeout(timeout: float | None) -> None:
+    if timeout is not None:
+        _check_number("timeout", timeout, 0, float("inf"), "seconds, or None to wait for ever")
 
 
 def _check_int(name: str, value: int, least: int, wanted: str) -> None:
@@ -2096,19 +2088,26 @@ def _check_state(state: str, states: Sequence[str]) -> None:
         raise ValueError(f"state: {state!r} is none of {', '.join(states)}")
 
 
-def _raise_unless(found: object, errors: list[OSError]) -> None:
-    """Raise the first error there is; but only log it if something was found in spite of it."""
-    if errors and not found:
-        raise errors.pop(0)
-    if errors:
-        _log("%s; the rest goes on", str(errors[0]))
-        errors.clear()
+# --- errors -------------------------------------------------------------------------------------------
+
+
+def _gone(path: str) -> FileNotFoundError:
+    return FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), path)
+
+
+def _add_path(error: BaseException, path: str) -> None:
+    """An error about a descriptor lacks it."""
+    if isinstance(error, OSError) and error.filename is None:
+        error.filename = path
 
 
 def _log(message: str, *arguments: object, error: Exception | None = None) -> None:
     import logging  # costs more to import than this module
 
     logging.getLogger("femtoqueue").warning(message, *arguments, exc_info=error)
+
+
+# --- signals ------------------------------------------------------------------------------------------
 
 
 class _StopOnSignals:
@@ -2119,10 +2118,17 @@ class _StopOnSignals:
         import threading
 
         self._signal = signal.signal
-        self._before = {}
+        self._before: dict[int, Any] = {}
         caught: list[int] = []
+        pid = os.getpid()
 
         def catch(number: int, frame: types.FrameType | None) -> None:
+            if (
+                os.getpid() != pid
+            ):  # a process that the handler forked: there it means what it did before
+                signal.signal(number, self._before[number])
+                signal.raise_signal(number)
+                return
             caught.append(number)
             if len(caught) > 1:
                 raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(128 + number)
@@ -2152,10 +2158,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         return options.call(options)  # type: ignore[no-any-return]
+    except (OSError, FemtoQueueError, UnicodeError) as error:
+        return _complain(error)
     except (ValueError, TypeError, OverflowError) as error:
         parser.error(str(error))
-    except (OSError, FemtoQueueError) as error:
-        return _complain(error)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -2231,11 +2237,40 @@ def _command_status(options: argparse.Namespace) -> int:
 
     queue = _open_existing(options)
     while True:
-        report = queue._report()
+        report = _report(queue)
         print(json.dumps(report) if options.json else _as_table(report), flush=True)
         if not options.watch:
             return 0
         time.sleep(2)
+
+
+def _report(queue: FemtoQueue) -> dict[str, list[dict[str, object]]]:
+    """What the `status` command shows: each state, and each owner of claims."""
+    states: list[dict[str, object]] = []
+    deadlines_us: dict[str, list[int]] = {}  # by owner
+    for state in STATES:
+        now_us = _wall_us() if state == "scheduled" else queue._clock.now()
+        count = 0
+        oldest_s = None
+        for id, time_us, directory in queue._walk(state):
+            count += 1
+            if oldest_s is None:
+                oldest_s = (now_us - (time_us if state == "scheduled" else _time_us(id))) / 1e6
+            if state == "in_progress":
+                deadlines_us.setdefault(os.path.basename(directory), []).append(time_us)
+        states.append({"state": state, "count": count, "oldest_s": oldest_s})
+    alive = {True: "yes", False: "no", None: "unknown"}
+    owners: list[dict[str, object]] = [
+        {
+            "node_id": owner.split("~")[0],
+            "pid": int(owner.split("~")[1]),
+            "alive": alive[_is_alive(owner, queue.node_id)],
+            "tasks": len(leases),
+            "lease_left_s": (min(leases) - queue._clock.now()) / 1e6,
+        }
+        for owner, leases in deadlines_us.items()
+    ]
+    return {"states": states, "owners": owners}
 
 
 def _as_table(report: dict[str, list[dict[str, object]]]) -> str:
@@ -2335,7 +2370,7 @@ def _run_command(command: list[str], task: FemtoTask) -> int:
             if sys.platform == "win32":
                 child.kill()
             else:
-                os.killpg(child.pid, signal.SIGKILL)
+                _try(os.killpg, child.pid, signal.SIGKILL)  # unless it runs as somebody else now
             child.wait()
             raise
 
