@@ -127,6 +127,10 @@ class FemtoTask:
     lost: bool = False
     _begin = 0  # of the payload, in the file
     _from = ""  # the directory it was claimed from
+    # Of a verdict that raised: its name, where the file goes, which directories to sync.
+    _verdict: tuple[str, str | None, tuple[str, ...]] | None = None
+    _moved = False  # out of in_progress/
+    _finished = False  # moved, and synced if that was asked for
     _copied = False  # somebody else may finish it
 
     def __init__(self, id: str, data: bytes | None, attempt: int = 1, path: str = "") -> None:
@@ -135,10 +139,6 @@ class FemtoTask:
         self.path: str = path
         self._data = data
         self._forks = _forks
-        # Once begun: the verdict's name, where the file goes, which directories to sync.
-        self._verdict: tuple[str, str | None, tuple[str, ...]] | None = None
-        self._moved = False  # out of in_progress/
-        self._finished = False  # moved, and synced if that was asked for
 
     @property
     def data(self) -> bytes:
@@ -617,6 +617,24 @@ class FemtoQueue:
         return self._pop(timeout)
 
     def _pop(self, timeout: float | None, stopped: Sequence[int] = ()) -> FemtoTask | None:
+        self._check_open()
+        return self._claim_next() or self._search(timeout, stopped)
+
+    def _claim_next(self) -> FemtoTask | None:
+        """Claim the next task of the listing in hand: the usual case. None if there is more to it."""
+        now_us = self._clock.stamp()
+        listing = self._listing
+        if listing is None or now_us >= self._look_at_us or self._failures:
+            return None
+        try:
+            found = listing.next()
+            return found and self._claim(*found, now_us)
+        except OSError:
+            self._listing = None  # once more, from the beginning
+            return None
+
+    def _search(self, timeout: float | None, stopped: Sequence[int]) -> FemtoTask | None:
+        """Look everywhere, until there is a task, time is over, or `stopped` is not empty."""
         end_s = timeout and time.monotonic() + timeout
         errors: list[OSError] = []
         try:
@@ -715,7 +733,7 @@ class FemtoQueue:
                         continue
                     tried.add(name)
                     new = True
-                    task = self._claim(directory, name, now_us)
+                    task = self._claim(name, directory, now_us)
                     if task is not None:
                         return task
                 except OSError as error:
@@ -743,7 +761,7 @@ class FemtoQueue:
             if now_us - start_us > _LINGER_US + (0 if start_us % width else width):
                 _remove_directory(bucket)
 
-    def _claim(self, directory: str, name: str, now_us: int) -> FemtoTask | None:
+    def _claim(self, name: str, directory: str, now_us: int) -> FemtoTask | None:
         """Make one pending task this object's; None if another was quicker, or it cannot be run."""
         parsed = _parse(name)
         if parsed is None:
@@ -917,23 +935,24 @@ class FemtoQueue:
         self._check_open()
         if task._finished:
             raise NotInProgress(f"{task.id} was finished already")
-        before = task._verdict
-        again = before is not None and before[0] == verdict  # the call before this one raised
-        if before and again:
-            _, target, directories = before
-        task._verdict = (verdict, target, directories)
-        if not (again and task._moved):
-            try:
+        again = (
+            task._verdict is not None and task._verdict[0] == verdict
+        )  # the call before this one raised
+        if task._verdict and again:
+            _, target, directories = task._verdict
+        try:
+            if not (again and task._moved):
                 self._move_claim(task, target, again)
-            except NotInProgress:
-                task._verdict = before
-                raise
-            task._moved = True
-        if self.sync_after_write:
-            self._sync_unsynced()
-            _sync(
-                *dict.fromkeys((task._from or directories[0], os.path.dirname(task.path), *directories))
-            )
+                task._moved = True
+            if self.sync_after_write:
+                self._sync_unsynced()
+                source = task._from or os.path.dirname(task.path)
+                _sync(*dict.fromkeys((source, os.path.dirname(task.path), *directories)))
+        except NotInProgress:
+            raise
+        except BaseException:
+            task._verdict = (verdict, target, directories)
+            raise
         task._finished = True
 
     def _move_claim(self, task: FemtoTask, target: str | None, again: bool) -> None:
@@ -1347,7 +1366,7 @@ class FemtoQueue:
         count = 0
         try:
             with _StopOnSignals() as signals:
-                while task := self._pop(0.0 if until_empty else None, signals):
+                while not signals and (task := self._pop(0.0 if until_empty else None, signals)):
                     current[:] = [task]
                     try:
                         count += self._handle(task, handler)
@@ -1831,7 +1850,8 @@ class _Clock:
         self._last_us = 0
 
     def now(self) -> int:
-        return max(_monotonic_us() + self.offset_us, self._last_us)
+        now_us = int(time.monotonic() * 1_000_000) + self.offset_us
+        return max(now_us, self._last_us)
 
     def stamp(self) -> int:
         """A time above all that this process has stamped: should the clock be frozen, order is not."""
