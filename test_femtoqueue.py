@@ -704,6 +704,19 @@ def test_attempts_are_counted_in_the_name_at_each_claim(directory: Path, clock: 
         clock.advance(1.1)
 
 
+def test_the_count_of_attempts_has_an_end(directory: Path) -> None:
+    """A task that was delivered as often as a name can tell is delivered and finished all the same."""
+    queue = FemtoQueue(directory, "a")
+    id = "1700000000000000_x"
+    put(directory / "pending" / f"{id}~{10**9 - 1}")
+    task = queue.pop()
+    assert task and (task.id, task.data) == (id, b"x")
+    assert queue.status(id) == "in_progress"
+    queue.retry(task)
+    assert drained(queue) == [b"x"]
+    assert queue.status(id) == "done"
+
+
 def test_done_and_failed_hold_the_payload(directory: Path) -> None:
     """done/<task.id> exists after done, failed/<task.id> after fail, each with the payload."""
     queue = FemtoQueue(directory, "a")
@@ -946,6 +959,15 @@ def test_large_original(directory: Path, clock: Time) -> None:
     payload = os.urandom(3 << 20)
     Original(directory).add("pending", NOW_US - 10, payload)
     assert drained(FemtoQueue(directory, "a")) == [payload]
+
+
+def test_almost_a_name_of_the_original(directory: Path) -> None:
+    """A file whose name has all of an original's but its time is left alone, and opening goes on."""
+    original = Original(directory)
+    original.add("pending", 1_700_000_000_000_000, b"x")
+    odd = put(directory / "pending" / "--5_<built-in method hex of bytes object at 0x7f0123456789>")
+    assert drained(FemtoQueue(directory, "a")) == [b"x"]
+    assert odd.read_bytes() == b"x"
 
 
 def test_original_directory_opened_by_several_at_once(directory: Path) -> None:
@@ -1416,6 +1438,53 @@ print(queue.pop().id)
     assert run(IN_2001 + code, directory, under=rebooted(tmp_path)) == f"{name}\n"
 
 
+@pytest.mark.parametrize("hidden", ["in_progress", "pending"])
+def test_opening_after_a_boot_among_what_others_hide(
+    directory: Path, clock: Time, refuse: Refusal, hidden: str
+) -> None:
+    """A directory that another user keeps to himself does not stop who opens the queue after a boot."""
+    queue = FemtoQueue(directory, "a", LONG_MS)
+    queue.push(b"claimed")
+    assert queue.pop()
+    clock.advance(2_000)
+    queue.push(b"pending")
+    boot_again(directory, clock, 0)
+    part = max(os.listdir(directory / hidden))
+    refuse("list", part, errno.EACCES)
+    queue = FemtoQueue(directory, "b")
+    clock.advance(2_000)
+    queue.push(b"later")
+    assert drained_one(queue) == (b"pending" if hidden == "in_progress" else b"later")
+    refuse.rules.clear()
+    refuse("list", part, errno.EIO)
+    boot_again(directory, clock, 0)
+    with pytest.raises(OSError, match=re.escape(part)):  # which is no reason to do without
+        FemtoQueue(directory, "b")
+
+
+@needs_root
+def test_opening_after_a_boot_as_another_user(open_to_all: Path) -> None:
+    """The same with a real process of another user; and it may push where there is a `maxsize`."""
+    queue = FemtoQueue(open_to_all, "node-1")
+    queue.push(b"claimed")
+    assert queue.pop()
+    queue.push(b"pending")
+    [clock_file] = open_to_all.glob("clock-*")
+    clock_file.unlink()
+    for path in [open_to_all, *open_to_all.rglob("*")]:
+        path.chmod(0o777)
+    hidden = open_to_all / "pending" / "1700000000000000"
+    hidden.mkdir()
+    [claims] = (open_to_all / "in_progress").iterdir()
+    for path in (hidden, claims):
+        path.chmod(0o700)
+    code = """
+queue = FemtoQueue(sys.argv[1], "node-2", maxsize=5)
+print(queue.pop().data, queue.status(queue.push(b"x")))
+"""
+    assert run("import logging" + AS_NOBODY + code, open_to_all) == "b'pending' pending\n"
+
+
 # --- a clock file that is no clock file ---------------------------------------------------------------
 
 
@@ -1592,6 +1661,40 @@ def test_claims_of_an_object_that_is_gone(directory: Path, end: str, call: str, 
     assert drained(queue) == [b"a"]
 
 
+@pytest.mark.parametrize("how", ["another name", "reload"])
+def test_two_copies_of_the_module(directory: Path, how: str) -> None:
+    """Objects of two copies of the module in one process are alive to each other, until they are gone."""
+    code = """
+import importlib.util, types
+if sys.argv[2] == "reload":
+    before = types.SimpleNamespace(FemtoQueue=FemtoQueue)
+    modules = [before, importlib.reload(femtoqueue)]
+else:
+    spec = importlib.util.spec_from_file_location("vendored", femtoqueue.__file__)
+    vendored = importlib.util.module_from_spec(spec)
+    sys.modules["vendored"] = vendored
+    spec.loader.exec_module(vendored)
+    modules = [femtoqueue, vendored]
+for one, two in (modules, modules[::-1]):
+    mine, theirs, third = (m.FemtoQueue(sys.argv[1], "node") for m in (one, two, one))
+    ids = mine.push_many([b"a", b"b"])
+    task, other = mine.pop(), theirs.pop()
+    print(task.data, other.data, mine.pop(), theirs.pop(), third.pop())
+    theirs.close()
+    task = third.pop()
+    print(task.data, third.pop(), mine.pop())
+    third.done(task)
+    theirs = two.FemtoQueue(sys.argv[1], "node")
+    print(theirs.pop())
+    del mine
+    task = theirs.pop()
+    print(task.data, theirs.pop(), third.pop())
+    theirs.done(task)
+"""
+    expected = "b'a' b'b' None None None\nb'b' None None\nNone\nb'a' None None\n"
+    assert run(code, directory, how) == expected * 2
+
+
 # --- same boot and PID namespace ----------------------------------------------------------------------
 
 
@@ -1738,6 +1841,65 @@ print(*[task.data for task in iter(queue.pop, None)])
         assert as_nobody() == "b'a' b'b'\n"
 
 
+IDENTITY_FAULTS = """
+import builtins, errno
+broken = ""
+def fault(real):
+    def call(path, *rest, **options):
+        if broken and path == broken:
+            raise OSError(getattr(errno, sys.argv[2]), "broken", path)
+        return real(path, *rest, **options)
+    return call
+builtins.open, os.readlink = fault(builtins.open), fault(os.readlink)
+def try_in_vain(call):
+    global broken
+    for broken in PATHS:
+        try:
+            print("no error:", call(), flush=True)
+        except OSError as error:
+            print(error.errno == getattr(errno, sys.argv[2]), error.filename == broken, flush=True)
+    broken = ""
+PATHS = [f"/proc/{path}" for path in ("self/stat", "sys/kernel/random/boot_id", "self")]
+PATHS += [f"/proc/self/ns/{kind}" for kind in ("time", "pid")]
+"""
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/stat"), reason="there is no /proc")
+@pytest.mark.parametrize("error", ["EMFILE", "EIO"])
+@pytest.mark.parametrize("call", ["constructor", "first call in a forked child"])
+def test_no_false_identity(
+    directory: Path, queue: FemtoQueue, spawn: Spawn, call: str, error: str
+) -> None:
+    """A process that cannot find out who it is gets OSError; when it can, it is who it is."""
+    code = IDENTITY_FAULTS
+    if call == "constructor":
+        code += 'try_in_vain(lambda: FemtoQueue(sys.argv[1], "node-1"))\n'
+    else:
+        code += """
+queue = FemtoQueue(sys.argv[1], "node-1")
+broken = PATHS[0]
+if pid := os.fork():
+    sys.exit(os.waitpid(pid, 0)[1])
+try_in_vain(queue.pop)
+"""
+    mine = queue.pop()
+    assert mine
+    [(node, _, start_time, place, _)] = [
+        path.name.split("~") for path in (directory / "in_progress").iterdir()
+    ]
+    process = spawn(code + CLAIM, directory, error)  # whose node_id is `error` for the claim
+    for _ in range(5):
+        expect(process, "True True")
+    assert process.stdout and process.stdout.readline()
+    found = {path.name.split("~")[0]: path.name.split("~") for path in directory.glob("in_progress/*")}
+    assert found[error][3] == place
+    assert int(found[error][2]) >= int(start_time) > 0
+    assert len([*directory.glob("clock-*")]) == 1
+    assert queue.pop() is None and FemtoQueue(directory, error).pop() is None, "it is alive"
+    assert tell(process, "queue.done(task)") == "None"
+    queue.done(mine)
+
+
 # --- elsewhere ----------------------------------------------------------------------------------------
 
 
@@ -1785,6 +1947,38 @@ os.waitpid(worker, 0)
 print(queue.pop().data)
 """
     assert run(code, directory, under=NEW_PIDS_OLD_PROC) == "b'b' None\nb'a'\n"
+
+
+NO_BOOT_ID = """
+import builtins
+def hidden(path, *rest, real=open, **options):
+    if str(path).startswith("/proc/sys/"):
+        raise FileNotFoundError(2, "it is hidden", path)
+    return real(path, *rest, **options)
+builtins.open = hidden
+"""
+
+
+def test_my_node_id_where_the_boot_cannot_be_told(
+    directory: Path, queue: FemtoQueue, now: Time, spawn: Spawn
+) -> None:
+    """My node_id is not judged dead by who sees no boot id, nor when it sees none; its lease decides."""
+    worker = spawn(NO_BOOT_ID + CLAIM, directory, "node-1")
+    assert worker.stdout and worker.stdout.readline(), "it did not get the task"
+    assert drained_one(queue) == b"b"
+    assert queue.pop() is None
+    assert tell(worker, "queue.done(task)") == "None"
+    queue.push(b"c")
+    mine = queue.pop()
+    assert mine
+    assert tell(worker, "queue.pop()") == "None"
+    queue.retry(mine)
+    assert tell(worker, "queue.pop().data") == "b'c'"
+    set_to_real_time(now)
+    now.advance(20)
+    assert queue.pop() is None
+    now.advance(11)
+    assert drained(queue) == [b"c"]
 
 
 @needs_mounts
@@ -2093,6 +2287,21 @@ def test_maxsize_holds_for_push_many(directory: Path, durable: bool) -> None:
     assert len(q.push_many([b"x"] * 5)) == 5
 
 
+def test_maxsize_among_what_others_hide(directory: Path, refuse: Refusal) -> None:
+    """A bucket that another user keeps to himself does not stop a push; what is seen is counted."""
+    q = FemtoQueue(directory, "node", maxsize=2)
+    hidden = put(directory / "pending" / "1700000000000000" / "1700000000000000_x").parent
+    refuse("list", hidden.name, errno.EACCES)
+    for _ in range(2):
+        q.push(b"x")
+    with pytest.raises(queues.Full):
+        q.push(b"x")
+    refuse.rules.clear()
+    refuse("list", hidden.name, errno.EIO)
+    with pytest.raises(OSError, match=hidden.name):  # which is no reason to go beyond the limit
+        q.push(b"x")
+
+
 # --- push_file ----------------------------------------------------------------------------------------
 
 
@@ -2330,6 +2539,61 @@ def test_never_none_while_others_skip(
     assert task and task.data == b"c"
 
 
+def test_never_none_while_threads_make_their_directory(
+    directory: Path, queue: FemtoQueue, clock: Time, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another thread that makes the owner's directory first takes no task away, and none is passed."""
+    real = os.rename
+    found: list[FemtoTask | None] = []
+
+    def rename_too_early(source: str, target: str) -> None:
+        try:
+            real(source, target)
+        except FileNotFoundError:  # there is no such directory
+            monkeypatch.setattr(os, "rename", real)
+            thread = threading.Thread(target=lambda: found.append(queue.pop()))
+            thread.start()
+            thread.join()
+            raise
+
+    monkeypatch.setattr(os, "rename", rename_too_early)
+    found.append(queue.pop())
+    assert [task and task.data for task in found] == [b"b", b"a"]
+
+
+def test_what_was_claimed_at_the_second_try_is_not_taken_back(
+    directory: Path, clock: Time, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A claim that failed and then worked, within one pop, is kept like any other."""
+    queue, producer = FemtoQueue(directory, "a"), FemtoQueue(directory, "b")
+    queue.push(b"1")
+    real_open, real_scandir = os.open, os.scandir
+    failures = iter([errno.EMFILE, errno.EMFILE])
+    pushes = iter([lambda: None, lambda: producer.push(b"2")])
+
+    def open_in_vain(path: str, *rest: int) -> int:
+        if "/in_progress/" in path and (code := next(failures, None)):
+            raise OSError(code, os.strerror(code), path)
+        return real_open(path, *rest)
+
+    def scandir_late(path: str) -> object:
+        if "/pending/" in path:  # what comes between the top and a bucket is left to the next listing
+            next(pushes, lambda: None)()
+        return real_scandir(path)
+
+    monkeypatch.setattr(os, "open", open_in_vain)
+    monkeypatch.setattr(os, "scandir", scandir_late)
+    tasks = [queue.pop()]
+    clock.advance(1.1)
+    tasks.append(queue.pop())
+    clock.advance(1.1)
+    assert queue.pop() is None and next(failures, None) is next(pushes, None) is None
+    for task in tasks:
+        assert task
+        queue.done(task)
+    assert {task.data for task in tasks if task} == {b"1", b"2"}
+
+
 # --- done, fail ---------------------------------------------------------------------------------------
 
 VERDICTS = {
@@ -2404,6 +2668,29 @@ def test_finished_tasks_need_not_be_kept(directory: Path, durable: bool) -> None
         finish(task)
         assert q.status(task.id) is None
     assert sum(q.counts().values()) == 0
+
+
+@pytest.mark.parametrize("how", ["pickled", "after a fork", "after its lease"])
+def test_done_that_raised_can_be_made_again(directory: Path, clock: Time, how: str) -> None:
+    """A done whose fsync failed returns when made again, whatever came between; the third one raises."""
+    for keep in (False, True):
+        q = FemtoQueue(directory / str(keep), "node", sync_after_write=True, keep_done=keep)
+        id = q.push(b"x")
+        task = q.pop()
+        if how == "pickled":
+            task = pickle.loads(pickle.dumps(task))
+        elif how == "after a fork":
+            os.waitpid(forked(lambda: None), 0)
+        with pytest.MonkeyPatch.context() as patch, pytest.raises(OSError):
+            break_call(patch, "fsync", 0)
+            q.done(task)
+        if how == "after its lease":
+            clock.advance(31)
+        q.done(task)
+        assert q.status(id) == ("done" if keep else None)
+        with pytest.raises(NotInProgress):
+            q.done(task)
+        assert q.pop() is None
 
 
 # --- retry --------------------------------------------------------------------------------------------
@@ -3156,6 +3443,53 @@ def test_a_closed_queue_refuses_every_call(directory: Path, call: Callable) -> N
     assert files(directory) == before
 
 
+@durable_or_not
+@pytest.mark.parametrize("call", ["scandir", "rename", "fsync"])
+def test_close_that_raised_can_be_made_again(
+    directory: Path, monkeypatch: pytest.MonkeyPatch, unlogged: None, durable: bool, call: str
+) -> None:
+    """A close that raised has closed, but given nothing back: the next one does, for all to have."""
+    if call == "fsync" and not durable:
+        return
+    q = FemtoQueue(directory, "node", sync_after_write=durable)
+    id = q.push(b"x")
+    task = q.pop()
+    with monkeypatch.context() as patch:
+        break_call(patch, call, 0)
+        with pytest.raises(OSError):
+            q.close()
+    with pytest.raises(FemtoQueueError, match="closed"):
+        q.done(task)
+    q.close()
+    assert names(directory, "pending") == [f"{id}~1"]
+    assert run("print(FemtoQueue(sys.argv[1], 'other').pop().id)", directory) == f"{id}\n"
+    q.close()
+
+
+@pytest.mark.parametrize("call", ["scandir", "rename"])
+def test_close_that_raised_keeps_nothing_alive(
+    directory: Path, monkeypatch: pytest.MonkeyPatch, unlogged: None, call: str
+) -> None:
+    """The last reference dropped, the object is gone at once, though its close raised."""
+    q = FemtoQueue(directory, "node")
+    q.push(b"x")
+    assert q.pop()
+    gone = weakref.ref(q)
+    gc.disable()
+    try:
+        with monkeypatch.context() as patch:
+            break_call(patch, call, 0)
+            try:
+                q.close()
+                raise AssertionError("it did not raise")
+            except OSError:
+                pass
+        del q
+        assert gone() is None
+    finally:
+        gc.enable()
+
+
 def test_close_ends_those_who_wait(directory: Path) -> None:
     """A pop or run that waits in another thread raises when the queue is closed, and claims nothing."""
     q = FemtoQueue(directory, "node")
@@ -3234,6 +3568,32 @@ getattr(FemtoQueue(sys.argv[1], "b"), sys.argv[2])(task)
             queue.done(task)
 
 
+@pytest.mark.parametrize("through", ["itself", "a copy"])
+def test_data_while_the_lease_is_renewed(
+    directory: Path, monkeypatch: pytest.MonkeyPatch, through: str
+) -> None:
+    """A large payload is read all the same when its lease is renewed at that moment, even twice."""
+    queue = FemtoQueue(directory, "a")
+    payload = random.Random(0).randbytes((1 << 20) + 1)
+    queue.push(payload)
+    task = queue.pop()
+    other = task if through == "itself" else pickle.loads(pickle.dumps(task))
+    touches = iter([queue.touch, queue.touch])
+    real = builtins.open
+
+    def open_too_late(path: Any, *rest: Any, **options: Any) -> object:
+        if path == task.path:
+            next(touches, lambda task: None)(other)
+        return real(path, *rest, **options)
+
+    monkeypatch.setattr(builtins, "open", open_too_late)
+    assert task.data == payload
+    assert next(touches, None) is None
+    queue.done(task)
+    with pytest.raises(FileNotFoundError):
+        task.data  # noqa: B018
+
+
 def test_pickled_queue(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A pickled queue has its settings, and is the same queue wherever it is unpickled."""
     monkeypatch.chdir(directory.parent)
@@ -3276,6 +3636,7 @@ BAD_CALLS: list[tuple[str, type[Exception], Call]] = [
     ("timeout", ValueError, lambda q, t: q.pop(-1)),
     ("timeout", ValueError, lambda q, t: q.pop(-0.001)),
     ("timeout", ValueError, lambda q, t: q.pop(NAN)),
+    ("timeout", ValueError, lambda q, t: q.pop(10**400)),
     ("timeout", TypeError, lambda q, t: q.pop("5")),
     ("timeout", TypeError, lambda q, t: q.pop("")),
     ("timeout", TypeError, lambda q, t: q.pop(True)),
@@ -3298,9 +3659,11 @@ BAD_CALLS: list[tuple[str, type[Exception], Call]] = [
     ("state", ValueError, lambda q, t: q.purge("in_progress", 0)),
     ("older_than_s", ValueError, lambda q, t: q.purge("done", -1)),
     ("older_than_s", ValueError, lambda q, t: q.purge("done", NAN)),
+    ("older_than_s", ValueError, lambda q, t: q.purge("done", 10**400)),
     ("older_than_s", TypeError, lambda q, t: q.purge("done", "1d")),
     ("timeout", ValueError, lambda q, t: q.join(-1)),
     ("timeout", ValueError, lambda q, t: q.join(NAN)),
+    ("timeout", ValueError, lambda q, t: q.join(10**400)),
     ("timeout", TypeError, lambda q, t: q.join("5")),
 ]
 
