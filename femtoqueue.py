@@ -49,6 +49,9 @@ task is never taken from a live worker within its lease.
 
 Delivery is at least once: a worker can die between its work and its `done`. Exactly-once effects need
 handlers that may run twice. Order between machines is as good as their clocks agree.
+
+`FemtoQueue.run(handler)` is the loop of a worker that stays. `python femtoqueue.py DIR COMMAND` offers
+the same to a shell; `-h` tells how. What goes on unasked is logged to the logger "femtoqueue".
 """
 
 from __future__ import annotations
@@ -232,18 +235,21 @@ class FemtoQueue:
         self._make_directories()
         self._clock = self._open_clock()
         if self.sync_after_write:
-            _sync(self._root)  # whoever made what is in there need not have been durable
+            # Whoever made them need not have been durable.
+            _sync(os.path.dirname(self._root), self._root)
         weakref.finalize(self, _look_soon, self._root).atexit = False
 
     def _begin_in_this_process(self) -> None:
         """Set up all that must not be shared with the process that this one was forked from."""
         me = _identity()
-        self._owner = f"{self.node_id}~{me.pid}~{me.start}~{me.place}~{os.urandom(4).hex()}"
+        self._owner = (
+            f"{self.node_id}~{me.pid}~{me.start}~{me.place}~{_interpreter}{os.urandom(4).hex()}"
+        )
         self._own_dir = f"{self._dirs['in_progress']}/{self._owner}"
         self._creating = f"{self._dirs['creating']}/{self._owner}~"
         self._producer = f"{self.node_id}_{os.urandom(6).hex()}"
         self._count = itertools.count()
-        self._buckets: dict[str, _Bucket] = {}  # by state: where the next task goes
+        self._buckets: dict[tuple[str, bool], _Bucket] = {}  # where the next task goes
         self._room = 0  # how many tasks may come before maxsize is looked at again
         self._listing: _Listing | None = None
         self._misses = 0  # claims in a row that another worker was quicker at
@@ -252,6 +258,7 @@ class FemtoQueue:
         self._unsure: set[str] = set()  # claims whose rename failed, as far as we were told
         self._failures: dict[str, int] = {}  # how often each path could not be read or moved, lately
         self._claimed_at_us = self._look_at_us = self._sweep_at_us = 0
+        self._own_dir_is_durable = False  # its entry is on disk
         self._unsynced: dict[str, None] = {}  # directories of renames not synced, the old side first
         self._unconfirmed: dict[tuple[str, str], tuple[str, ...]] = {}  # the same, by call and id
         self._sync_lock = _thread.RLock()
@@ -519,10 +526,14 @@ class FemtoQueue:
         """Write a new file, for good; return its CRC-32."""
         descriptor, crc = _create(path, chunks)
         try:
-            if self.sync_after_write:
-                os.fsync(descriptor)
-        finally:
-            os.close(descriptor)  # where a network filesystem reports a failed write
+            try:
+                if self.sync_after_write:
+                    os.fsync(descriptor)
+            finally:
+                os.close(descriptor)  # where a network filesystem reports a failed write
+        except OSError as error:
+            _add_path(error, path)
+            raise
         return crc
 
     def _publish(self, draft: str, state: str, time_us: int, name: str, *also: str) -> None:
@@ -538,9 +549,11 @@ class FemtoQueue:
                 _try(_rename, f"{bucket.path}/{name}", draft)
                 raise
 
-    def _enter(self, source: str, state: str, time_us: int, name: str) -> _Bucket | None:
+    def _enter(
+        self, source: str, state: str, time_us: int, name: str, back: bool = False
+    ) -> _Bucket | None:
         """Rename `source` into a bucket of `state`; None if it is gone."""
-        bucket = self._bucket(state, time_us)
+        bucket = self._bucket(state, time_us, back)
         for _ in range(4):
             target = f"{bucket.path}/{name}"
             try:
@@ -560,14 +573,18 @@ class FemtoQueue:
             else:
                 # It was empty, and removed. Never made again under the same name: when two hosts
                 # remove and make one directory, GlusterFS ends in a split brain.
-                bucket = self._buckets[state] = self._next_bucket(state, time_us, bucket)
-        return None
+                bucket = self._buckets[state, back] = self._next_bucket(state, time_us, bucket)
+        raise _gone(bucket.path)
 
-    def _bucket(self, state: str, time_us: int) -> _Bucket:
-        """The bucket in hand if it is for tasks of this time, or the next one."""
-        bucket = self._buckets.get(state)
+    def _bucket(self, state: str, time_us: int, back: bool = False) -> _Bucket:
+        """The bucket in hand if it is for tasks of this time, or the next one.
+
+        Those that come `back` have one of their own, or new ones would enter the shared one anew each
+        time the period changes to and fro.
+        """
+        bucket = self._buckets.get((state, back))
         if bucket is None or not bucket.accepts(time_us):
-            bucket = self._buckets[state] = self._next_bucket(state, time_us, bucket)
+            bucket = self._buckets[state, back] = self._next_bucket(state, time_us, bucket)
         bucket.used += 1
         if time_us > bucket.newest_us:
             bucket.newest_us = time_us
@@ -630,7 +647,7 @@ class FemtoQueue:
             found = listing.next()
             return found and self._claim(*found, now_us)
         except OSError:
-            self._listing = None  # once more, from the beginning
+            self._begin_anew([])
             return None
 
     def _search(self, timeout: float | None, stopped: Sequence[int]) -> FemtoTask | None:
@@ -640,20 +657,24 @@ class FemtoQueue:
         try:
             while not stopped:
                 self._check_open()
+                errors.clear()
                 task = self._look_and_claim(errors)
                 if task is not None:
                     return task
                 over = end_s is not None and time.monotonic() >= end_s
-                if over:
-                    self._failures.clear()
                 found = self._look(errors) if over else self._promote(errors)
+                if self._failures and not found:  # nothing else is there: are they still as they were?
+                    self._begin_anew(errors)
+                    self._failures.clear()
+                    task = self._attempt(errors, 0)
+                    if task is not None:
+                        return task
                 if errors and not found:
                     raise errors.pop(0)
-                if not found and over:
+                if over and not found:
                     return None
                 if not found:
                     self._rest(end_s, stopped)
-                errors.clear()
             return None
         finally:
             errors.clear()  # the frames in their tracebacks hold this list, and this object
@@ -664,29 +685,36 @@ class FemtoQueue:
         Upon an error all is tried once more, for a passing fault must not change the order. What then
         fails again is passed over: one file that this user may not read must not stop the others.
         """
-        for patience in (0, _BATCH):
-            now_us = self._clock.stamp()
-            if now_us >= self._look_at_us:
-                self._look(errors)
-            task = self._claim_oldest(now_us, errors, patience)
+        patience = 0
+        while True:
+            failures = sum(self._failures.values())
+            task = self._attempt(errors, patience)
             if task is not None or not errors:
-                break
-            if patience:
+                return task
+            if patience and failures == sum(self._failures.values()):
                 raise errors.pop(0)
-            self._listing = None
-            self._look_at_us = 0
-            errors.clear()
+            self._begin_anew(errors)
+            patience = _BATCH
+
+    def _attempt(self, errors: list[OSError], patience: int) -> FemtoTask | None:
+        if self._clock.now() >= self._look_at_us:
+            self._look(errors)
+        return self._claim_oldest(errors, patience and patience + len(errors))
+
+    def _begin_anew(self, errors: list[OSError]) -> None:
         errors.clear()
-        return task
+        self._listing = None
+        self._look_at_us = 0
 
     def _note_failure(self, path: str, error: OSError, errors: list[OSError]) -> None:
         errors.append(error)
-        self._failures[path] = self._failures.get(path, 0) + 1
-        if self._failures[path] == 2:
+        times = self._failures.get(path, 0) + 1
+        self._failures[path] = min(times, 2)
+        if times == 2 and len(errors) < 10:
             _log("%s; it is passed over", str(error))
 
     def _is_passed_over(self, path: str) -> bool:
-        """Did it fail twice? For a minute, or until there is nothing else."""
+        """Did it fail twice? That is forgotten after a minute, and when there is nothing else."""
         return self._failures.get(path, 0) > 1
 
     def _rest(self, end_s: float | None, stopped: Sequence[int]) -> None:
@@ -707,14 +735,13 @@ class FemtoQueue:
             if stopped or not listing or _modified(listing.directories) != before:
                 break
 
-    def _claim_oldest(self, now_us: int, errors: list[OSError], patience: int) -> FemtoTask | None:
+    def _claim_oldest(self, errors: list[OSError], patience: int) -> FemtoTask | None:
         """Claim the oldest task there is; None if a listing begun here has nothing to claim.
 
         None as well when there are more errors than `patience`.
         """
         listing = self._listing
         tried: set[str] = set()
-        passed_over = False
         quiet = 0  # listings in a row with nothing new
         begun = False
         while len(errors) <= patience:
@@ -725,41 +752,43 @@ class FemtoQueue:
                     if (found := listing.next()) is None:
                         break
                     name, directory = found
-                    if name in tried:
-                        continue  # listed although it is gone, as network filesystems do
                     path = f"{directory}/{name}"
-                    if self._failures and self._is_passed_over(path):
-                        passed_over = True
+                    # It may be listed although it is gone, as network filesystems do.
+                    if name in tried or (self._failures and self._is_passed_over(path)):
                         continue
                     tried.add(name)
                     new = True
-                    task = self._claim(name, directory, now_us)
+                    task = self._claim(name, directory, self._clock.stamp())
                     if task is not None:
                         return task
                 except OSError as error:
                     self._note_failure(path, error, errors)
+            if len(errors) > patience:
+                break
             if listing:
-                self._remove_empty(listing.empty, now_us)
+                self._remove_empty(listing.empty)
             quiet = 0 if new or (listing and listing.skipped) else quiet + begun
             if quiet and (quiet == 3 or not (listing and listing.hides)):
-                if not passed_over:
-                    break
-                self._failures.clear()  # now that there is nothing else, they are tried again
-                passed_over = False
-                quiet = 0
+                break
             # What is stamped in the future twice over comes from a machine whose clock is ahead.
             horizon_us = None if quiet == 2 else self._clock.now()
+            self._listing = None  # should the next one fail, this one is not gone on with
             listing = self._listing = _Listing(self._dirs["pending"], horizon_us)
             begun = True
         return None
 
-    def _remove_empty(self, buckets: list[str], now_us: int) -> None:
-        # Not while their producers may be about to use them: for shared ones, until the period is over.
+    def _remove_empty(self, buckets: list[str]) -> None:
+        """Remove those that no producer may be about to use: a shared one when its period is over."""
         for bucket in buckets:
             start_us = int(bucket[-16:])
-            width = _BUCKET_US if bucket.startswith(self._dirs["pending"]) else _CLOSE_US
-            if now_us - start_us > _LINGER_US + (0 if start_us % width else width):
-                _remove_directory(bucket)
+            pending = bucket.startswith(self._dirs["pending"])
+            age_us = (self._clock.now() if pending else _wall_us()) - start_us
+            period_us = _BUCKET_US if pending else _CLOSE_US
+            if age_us > _LINGER_US + (0 if start_us % period_us else period_us):
+                # One for old tasks that come back has an old name from the start.
+                used_s = _modified([bucket])
+                if used_s and abs(time.time() - used_s[0]) * 1e6 > _LINGER_US:
+                    _remove_directory(bucket)
 
     def _claim(self, name: str, directory: str, now_us: int) -> FemtoTask | None:
         """Make one pending task this object's; None if another was quicker, or it cannot be run."""
@@ -775,7 +804,8 @@ class FemtoQueue:
             if self.max_attempts is not None and used >= self.max_attempts:
                 self._fail_unclaimed(source, id)
                 return None
-            there = _rename(source, path)
+            durable = not self.sync_after_write or self._own_dir_is_durable
+            there = durable and _rename(source, path)
             if not there and not (self._make_own_directory(source) and _rename(source, path)):
                 self._miss(claim)
                 return None
@@ -801,11 +831,13 @@ class FemtoQueue:
 
     def _make_own_directory(self, source: str) -> bool:
         """Make what an idle worker removes; False if it is not that which was missing, but `source`."""
-        if os.path.isdir(self._own_dir):
+        if os.path.isdir(self._own_dir) and (self._own_dir_is_durable or not self.sync_after_write):
             return _exists(source)  # or another thread has just made it
+        self._own_dir_is_durable = False
         _make_directory(self._own_dir)
         if self.sync_after_write:
             _sync(self._dirs["in_progress"])
+            self._own_dir_is_durable = True
         return True
 
     def _miss(self, claim: str) -> None:
@@ -908,10 +940,10 @@ class FemtoQueue:
         else:
             state, time_us = "pending", _time_us(task.id)
             name = _format(task.id, task.attempt)
-        bucket = self._bucket(state, time_us)
+        bucket = self._bucket(state, time_us, back=True)
         if self.sync_after_write:
             bucket.prepare()
-        self._leave(task, "retry", f"{bucket.path}/{name}", bucket.directories())
+        self._leave(task, f"retry after {delay_us} us", f"{bucket.path}/{name}", bucket.directories())
         self._forget_listings()
 
     def touch(self, task: FemtoTask) -> None:
@@ -969,8 +1001,8 @@ class FemtoQueue:
                 if target and not _exists(target):
                     raise
                 return
-            if target and _make_directory(os.path.dirname(target)) and self.sync_after_write:
-                _sync(os.path.dirname(os.path.dirname(target)))  # somebody had removed it
+            if target and _make_directory(os.path.dirname(target)):  # somebody had removed it
+                self._note_unsynced(os.path.dirname(os.path.dirname(target)))
         raise _gone(target or task.path)
 
     def _sync_unsynced(self) -> None:
@@ -1026,9 +1058,14 @@ class FemtoQueue:
     def _recover(self, now_us: int, errors: list[OSError]) -> bool:
         """Take back claims of owners that are gone, never delivered ones, and those out of lease."""
         back: list[tuple[str, str]] = []
-        unsure, self._unsure = self._unsure, set()
+        unsure = set(self._unsure)
+        before = len(errors)
+        owners = _list(self._dirs["in_progress"], errors)
+        still_unsure = (
+            unsure if len(errors) > before else set()
+        )  # or what our directory is found to hold
         self._has_company = False
-        for owner in _list(self._dirs["in_progress"], errors):
+        for owner in owners:
             if not _is_owner(owner.name) or not owner.is_dir(follow_symlinks=False):
                 continue
             if self._is_passed_over(owner.path):
@@ -1040,7 +1077,10 @@ class FemtoQueue:
                 names = _names(owner.path)
             except OSError as error:
                 self._note_failure(owner.path, error, errors)
+                still_unsure = unsure if mine else still_unsure
                 continue
+            if mine:
+                still_unsure = unsure & set(names)
             for name in names:
                 path = f"{owner.path}/{name}"
                 if (parsed := _parse(name)) and not self._is_passed_over(path):
@@ -1053,7 +1093,7 @@ class FemtoQueue:
             if not names and (idle or alive is False):
                 _remove_directory(owner.path)
         found = self._make_pending(sorted(back)[:_BATCH], errors)
-        self._unsure |= {name for name in unsure if f"{self._own_dir}/{name}" in self._failures}
+        self._unsure -= unsure - still_unsure
         return found
 
     def _note_company(self, owner: str) -> None:
@@ -1088,7 +1128,7 @@ class FemtoQueue:
             if _is_bucket(entry):
                 directory, names = entry.path, _names(entry.path, errors)
                 if not names:
-                    self._remove_empty([directory], now_us)
+                    self._remove_empty([directory])
             else:
                 directory, names = top, [entry.name] if _is_file(entry) else []
             for name in names:
@@ -1117,15 +1157,19 @@ class FemtoQueue:
     def _move(self, path: str, state: str, time_us: int, name: str, errors: list[OSError]) -> bool:
         """Rename a task that nobody claims; False if it is not there any more, or cannot be moved."""
         try:
-            bucket = self._enter(path, state, time_us, name)
+            bucket = self._enter(path, state, time_us, name, back=True)
         except OSError as error:
             # On Windows, whoever works on the file keeps it from being renamed.
             if os.name != "nt" or not isinstance(error, PermissionError):
                 self._note_failure(path, error, errors)
             return False
         if bucket and self.sync_after_write:
-            self._unsynced.update(dict.fromkeys((os.path.dirname(path), *bucket.directories())))
+            self._note_unsynced(os.path.dirname(path), *bucket.directories())
         return bucket is not None
+
+    def _note_unsynced(self, *directories: str) -> None:
+        with self._sync_lock:
+            self._unsynced.update(dict.fromkeys(directories))
 
     def _forget_listings(self) -> None:
         """A task went back to its old place, which may be before all that is in hand here."""
@@ -1247,7 +1291,7 @@ class FemtoQueue:
         """
         self._check_open()
         for _, path in self._find(id, ("failed", "corrupt", "done")):
-            if bucket := self._enter(path, "pending", _time_us(id), id):
+            if bucket := self._enter(path, "pending", _time_us(id), id, back=True):
                 self._forget_listings()
                 return self._confirm("requeue", id, os.path.dirname(path), *bucket.directories())
         return self._confirm("requeue", id)
@@ -1302,7 +1346,7 @@ class FemtoQueue:
         return True
 
     def close(self) -> None:
-        """Give back what this object claimed and did not finish. Any other call raises from now on."""
+        """Give back what was claimed and not finished. Other calls raise FemtoQueueError then."""
         if self._given_back:
             return
         self._begin_in_child()
@@ -1329,7 +1373,9 @@ class FemtoQueue:
     def _begin_in_child(self) -> None:
         """Become another owner, if this process was forked from the one that made this object."""
         if self._process != _process_count:
-            self._begin_in_this_process()
+            with _fork_lock:
+                if self._process != _process_count:
+                    self._begin_in_this_process()
 
     def __enter__(self) -> FemtoQueue:
         self._check_open()
@@ -1379,15 +1425,20 @@ class FemtoQueue:
 
     def _handle(self, task: FemtoTask, handler: Callable[[FemtoTask], object]) -> bool:
         """Run the handler for one task and finish it; tell if both went well."""
+        pid = os.getpid()
         try:
             try:
                 handler(task)
             except Exception as error:
+                if os.getpid() != pid:
+                    raise
                 _log("%s: attempt %s failed: %s", task.id, task.attempt, error, error=error)
                 if not task._finished:
                     delay_ms = min(1_000 * 2 ** min(task.attempt - 1, 12), 3_600_000)
                     self.retry(task, delay_ms * (0.5 + os.urandom(1)[0] / 255))
                 return False
+            if os.getpid() != pid:
+                raise SystemExit  # the handler forked, and here is the child: the task is not its own
             if not task._finished:
                 self.done(task)
             return True
@@ -1396,7 +1447,7 @@ class FemtoQueue:
             return False
         except BaseException:
             try:
-                if not task._finished:
+                if not task._finished and os.getpid() == pid:
                     self._give_back(task, 0)
             except NotInProgress:
                 pass  # it was finished before the exception came
@@ -1727,9 +1778,11 @@ def _names(directory: str, errors: list[OSError] | None = None) -> list[str]:
 
 def _raise_unless_hidden(errors: list[OSError]) -> None:
     """What other users keep to themselves has to be left out."""
-    for error in errors:
-        if not isinstance(error, PermissionError):
-            raise error.with_traceback(None)
+    others = [error for error in errors if not isinstance(error, PermissionError)]
+    errors.clear()
+    if others:
+        del others[1:]
+        raise others.pop()  # held by no list that its traceback holds: that would be a cycle
 
 
 def _find_claim(directory: str, id: str, attempt: int) -> str | None:
@@ -1777,9 +1830,9 @@ def _make_directory(path: str) -> list[str]:
         return []  # even if it was removed again at once: whoever needs it will see
     except FileNotFoundError:
         parent = os.path.dirname(path)
-        if parent == path:
-            raise
-        return _make_directory(parent) + _make_directory(path)
+        made = [] if os.path.isdir(parent) else _make_directory(parent)
+        os.mkdir(path)
+        return [*made, path]
     return [path]
 
 
@@ -1962,14 +2015,14 @@ def _is_alive(owner: str, node_id: str) -> bool | None:
     node_id is the judge's. Only proof counts: a process that is there, but whose start time /proc does
     not tell (hidepid, another user's container), is alive.
     """
-    node, pid_text, start, place, _ = owner.split("~")
+    node, pid_text, start, place, token = owner.split("~")
     me = _identity()
     if place != me.place:  # another machine, boot or container; a node_id is in one place at a time
         known = "." in place and "." in me.place  # or /proc did not tell one of us where it is
         return False if node == node_id and known else None
     pid = int(pid_text)
     if pid == me.pid and start == me.start:
-        return owner in _owners
+        return owner in _owners if token.startswith(_interpreter) else None
     if os.name == "nt":
         return None  # os.kill(pid, 0) would end that process
     try:
@@ -1991,10 +2044,13 @@ def _is_alive(owner: str, node_id: str) -> bool | None:
 
 
 _me: _Identity | None = None
+_fork_lock = _thread.RLock()
 _process_count = 0  # how many forks away this process is from the one that imported this module
 _forks = 0  # of this process: tasks popped before one are held by the other process as well
 _objects: weakref.WeakValueDictionary[str, FemtoQueue] = weakref.WeakValueDictionary()
-# The same, of all copies of this file in this process: one library may have vendored it, and another.
+# The same, of all copies of this file in this interpreter: several libraries may have vendored it.
+# Other interpreters of this process have objects that we know nothing of: hence the tag.
+_interpreter: str = vars(sys).setdefault("_femtoqueue_interpreter", os.urandom(2).hex())
 _owners: weakref.WeakValueDictionary[str, object]
 _owners = vars(sys).setdefault("_femtoqueue_owners", weakref.WeakValueDictionary())
 
@@ -2023,10 +2079,11 @@ def _begin_in_child() -> None:
 
     Each object becomes that owner at its next call, which can raise what goes wrong then.
     """
-    global _me, _process_count
+    global _me, _process_count, _fork_lock
     _me = None
     _process_count += 1
     _note_fork()
+    _fork_lock = _thread.RLock()
     _objects.clear()
     _owners.clear()
     for clock in list(_clocks.values()):
@@ -2206,12 +2263,12 @@ def _parser() -> argparse.ArgumentParser:
     add = command(_command_list, "the ids in one state, oldest first")
     add("state", choices=STATES)
     add = command(_command_push, "add files, or standard input, as tasks; print their ids")
-    add("files", nargs="*", metavar="FILE")
+    add("files", nargs="*", metavar="FILE", help="none: standard input")
     add = command(_command_schedule, "add standard input as a task for later; print its id")
     add("when", help="ISO time (local unless it has an offset), or +30s, +10m, +2h, +1d")
     add = command(_command_run, "run a command for each task, with the payload as its standard input")
     add("--until-empty", action="store_true", help="stop when nothing is pending or due")
-    add("--max-attempts", type=int, metavar="N", help="then the task fails")
+    add("--max-attempts", type=int, metavar="N", help="then the task fails (default: no limit)")
     add("cmd", nargs="+", metavar="-- CMD", help="exit status 0 is done, others are retried")
     add = command(_command_requeue, "make failed, corrupt or done tasks pending again")
     add("ids", nargs="+", metavar="ID")
@@ -2323,6 +2380,10 @@ def _command_list(options: argparse.Namespace) -> int:
 def _command_push(options: argparse.Namespace) -> int:
     queue = _open(options)
     for path in options.files:
+        if not os.path.exists(path):
+            raise FemtoQueueError(
+                f"there is no file {path!r}; to push text: echo ... | femtoqueue DIR push"
+            )
         print(queue.push_file(path), flush=True)
     if not options.files:
         print(queue._push(_chunks(0)))
@@ -2335,7 +2396,10 @@ def _command_schedule(options: argparse.Namespace) -> int:
     if options.when.startswith("+"):
         due_us = _due_us(_wall_us() + int(_seconds(options.when[1:]) * 1_000_000))
     else:
-        due = datetime.datetime.fromisoformat(options.when.removesuffix("Z"))
+        try:
+            due = datetime.datetime.fromisoformat(options.when.removesuffix("Z"))
+        except ValueError:
+            raise ValueError(f"{options.when!r} is no time; write 2030-01-31T08:00 or +10m") from None
         in_utc = options.when.endswith("Z")  # which Python 3.10 does not read
         due_us = _due_us(due.replace(tzinfo=datetime.timezone.utc) if in_utc else due.astimezone())
     print(_open(options)._schedule(_chunks(0), due_us))
@@ -2347,7 +2411,8 @@ def _command_run(options: argparse.Namespace) -> int:
     import shutil
 
     if shutil.which(options.cmd[0]) is None:
-        raise ValueError(f"there is no command {options.cmd[0]!r}")  # not worth an attempt of each task
+        # Not worth an attempt of each task.
+        raise ValueError(f"there is no command {options.cmd[0]!r}; for a pipeline: sh -c '...'")
 
     class OneLine(logging.Formatter):
         def formatException(self, ei: object) -> str:
@@ -2361,6 +2426,8 @@ def _command_run(options: argparse.Namespace) -> int:
         if status := _run_command(options.cmd, task):
             raise FemtoQueueError(f"{options.cmd[0]}: exit status {status}")
 
+    if not os.path.isdir(options.dir):
+        _complain(f"{options.dir}: a new queue")  # or a mistyped one would go unnoticed
     with _open(options, options.max_attempts) as queue:
         count = queue.run(handle, until_empty=options.until_empty)
     return 0 if count or not options.until_empty else 1
