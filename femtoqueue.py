@@ -742,6 +742,8 @@ class FemtoQueue:
         """
         listing = self._listing
         tried: set[str] = set()
+        listed_again = ""
+        begun_anew = False
         quiet = 0  # listings in a row with nothing new
         begun = False
         while len(errors) <= patience:
@@ -753,8 +755,11 @@ class FemtoQueue:
                         break
                     name, directory = found
                     path = f"{directory}/{name}"
-                    # It may be listed although it is gone, as network filesystems do.
-                    if name in tried or (self._failures and self._is_passed_over(path)):
+                    if name in tried:
+                        if _parse(name):
+                            listed_again = path  # although it is gone, as network filesystems do
+                        continue
+                    if self._failures and self._is_passed_over(path):
                         continue
                     tried.add(name)
                     new = True
@@ -769,7 +774,11 @@ class FemtoQueue:
                 self._remove_empty(listing.empty)
             quiet = 0 if new or (listing and listing.skipped) else quiet + begun
             if quiet and (quiet == 3 or not (listing and listing.hides)):
-                break
+                if begun_anew or not listed_again or not _exists(listed_again):
+                    break
+                # It was put back by another worker, who claimed it and could not read it.
+                tried.clear()
+                begun_anew = True
             # What is stamped in the future twice over comes from a machine whose clock is ahead.
             horizon_us = None if quiet == 2 else self._clock.now()
             self._listing = None  # should the next one fail, this one is not gone on with

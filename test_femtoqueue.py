@@ -23,6 +23,7 @@ promise                                tests that hold it
                                        test_the_clock_is_shared, test_time_namespaces,
                                        test_order_survives_a_reboot, test_order_while_time_is_frozen,
                                        test_what_comes_back_has_its_old_place,
+                                       test_a_pop_that_raised_does_not_change_the_order,
                                        test_opening_after_a_boot_among_what_others_hide,
                                        test_scheduled_tasks_come_after_what_was_pending
    a live worker keeps its task        test_live_owner_within_its_lease, test_hidepid, test_foreign_proc,
@@ -896,6 +897,17 @@ def test_bucket_vanishes_during_a_push(
     queue.push(b"x")
     assert "/pending/" in in_vain[0]
     assert drained(queue) == [b"x"]
+
+
+def test_a_bucket_that_was_just_made_for_old_tasks_stays(directory: Path, clock: Time) -> None:
+    """Who brings an old task back makes a bucket with an old name: it is not removed under his hands."""
+    q = FemtoQueue(directory, "node")
+    bucket = directory / "pending" / "1600000000000001"
+    for age_s, stays in ((0, True), (1.9, True), (2.1, False)):
+        bucket.mkdir(exist_ok=True)
+        os.utime(bucket, (clock.wall - age_s, clock.wall - age_s))
+        assert q.pop() is None
+        assert bucket.exists() is stays
 
 
 # --- tasks of shell scripts, and of the original ------------------------------------------------------
@@ -2115,6 +2127,29 @@ def test_expired_while_others_have_work(directory: Path, clock: Time) -> None:
 # The API, in the order of its table
 # ====================================================================================================
 
+
+def test_a_lease_begins_with_the_claim(
+    directory: Path, clock: Time, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However long the look before a claim takes, the claim has a full lease."""
+    q = FemtoQueue(directory, "node", timeout_stale_ms=1_000)
+    for _ in range(5):
+        q.schedule(b"x", int(clock.wall * 1e6) + 1_000_000)
+    clock.advance(2)
+    rename = os.rename
+
+    def slow(source: str, target: str) -> None:
+        clock.advance(0.9)
+        rename(source, target)
+
+    monkeypatch.setattr(os, "rename", slow)
+    task = q.pop()
+    monkeypatch.undo()
+    assert task
+    [claim] = (directory / "in_progress").glob("*/*")
+    assert int(claim.name.rpartition("~")[2]) >= int((clock.wall - 0.81) * 1e6)  # two slow renames
+
+
 # --- the constructor ----------------------------------------------------------------------------------
 
 
@@ -2163,6 +2198,12 @@ def test_bad_constructor_arguments(
     with pytest.raises(error, match=argument):
         FemtoQueue(**arguments)
     assert not directory.exists()
+
+
+def test_a_directory_that_cannot_be_is_an_os_error(tmp_path: Path) -> None:
+    """Where no directory can be made, although the one above it is there, the error says so."""
+    with pytest.raises(OSError, match="/proc/femtoqueue"):
+        FemtoQueue("/proc/femtoqueue", "node")
 
 
 # --- push, push_many ----------------------------------------------------------------------------------
@@ -2615,6 +2656,35 @@ def test_what_was_claimed_at_the_second_try_is_not_taken_back(
     assert {task.data for task in tasks if task} == {b"1", b"2"}
 
 
+def test_put_back_unread_by_another_worker(
+    directory: Path, clock: Time, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Never None while pending, also if another worker claimed it meanwhile and put it back."""
+    q = FemtoQueue(directory, "node")
+    q.push(b"0")
+    q.done(q.pop())
+    q.push(b"x")
+    [path] = map(str, (directory / "pending").glob("*/*"))
+    hidden = str(directory / "elsewhere")
+    rename, scandir = os.rename, os.scandir
+    moves = iter((path, hidden))
+
+    def take(source: str, target: str) -> None:
+        if source == path and next(moves, None) == path:
+            rename(path, hidden)
+        rename(source, target)
+
+    def put_back(place: str) -> Any:
+        if os.path.exists(hidden):
+            rename(hidden, path)
+        return scandir(place)
+
+    monkeypatch.setattr(os, "rename", take)
+    monkeypatch.setattr(os, "scandir", put_back)
+    task = q.pop()
+    assert task and task.data == b"x"
+
+
 # --- done, fail ---------------------------------------------------------------------------------------
 
 VERDICTS = {
@@ -2819,6 +2889,25 @@ print("done", FemtoQueue(sys.argv[1], "node", max_attempts=3).run(handle, until_
     assert f"{poison} has used up its 3 attempts" in out
     assert q.status(poison) == "failed"
     assert q.counts() == dict.fromkeys(femtoqueue.STATES, 0) | {"done": 1, "failed": 1}
+
+
+def test_retry_with_another_delay_after_one_that_raised(
+    directory: Path, clock: Time, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A retry that raised and moved nothing does not decide when the next one delivers."""
+    q = FemtoQueue(directory, "node")
+    q.push(b"x")
+    task = q.pop()
+
+    def refuse(*args: object) -> None:
+        raise OSError(errno.EIO, "broken", str(args[0]))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "rename", refuse)
+        with pytest.raises(OSError, match="broken"):
+            q.retry(task, 3_600_000)
+    q.retry(task)
+    assert q.status(task.id) == "pending"
 
 
 # --- touch --------------------------------------------------------------------------------------------
@@ -3135,6 +3224,38 @@ def test_a_second_signal_gives_the_task_back_at_once(
     process.send_signal(second)
     assert ending(process) == (f"{error}\npending\n", 0)
     assert q.pop().attempt == 2
+
+
+def test_a_process_that_a_handler_forked_leaves_the_task_alone(directory: Path, spawn: Spawn) -> None:
+    """A handler may fork, however the child ends: the task stays its parent's."""
+    run(
+        """
+q = FemtoQueue(sys.argv[1], "node")
+other = FemtoQueue(sys.argv[1], "other")
+for end in ("raise SystemExit(3)", "raise ValueError", "pass"):
+    q.push(b"x")
+
+    def handle(task):
+        pid = os.fork()
+        if not pid:
+            logging.disable()
+            exec(end)
+            return
+        os.waitpid(pid, 0)
+        assert q.status(task.id) == "in_progress", (end, q.status(task.id))
+        assert other.pop() is None
+
+    import logging
+    pid = os.getpid()
+    try:
+        assert q.run(handle, until_empty=True) == 1
+    finally:
+        if os.getpid() != pid:
+            os._exit(0)
+assert q.counts()["done"] == 3
+""",
+        directory,
+    )
 
 
 # --- status, counts, ids ------------------------------------------------------------------------------
@@ -4562,6 +4683,30 @@ def test_what_comes_back_has_its_old_place(directory: Path, clock: Time) -> None
     assert (again.id, again.attempt) == (first.id, 2)
 
 
+def test_a_pop_that_raised_does_not_change_the_order(
+    directory: Path, clock: Time, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Out of descriptors for one pop, and then not any more: first in, first out."""
+    q = FemtoQueue(directory, "node")
+    q.push_many([b"0", b"1", b"2"])
+    real = {"open": os.open, "scandir": os.scandir}
+    out = []
+
+    def short(name: str, path: str, *args: Any) -> Any:
+        if name == "open" and "in_progress" in path:
+            out.append(path)  # from the first claim on
+        if out:
+            raise OSError(errno.EMFILE, "too many open files", path)
+        return real[name](path, *args)
+
+    with monkeypatch.context() as patch:
+        for name in real:
+            patch.setattr(os, name, functools.partial(short, name))
+        with pytest.raises(OSError, match="too many"):
+            q.pop()
+    assert [q.pop().data for _ in range(3)] == [b"0", b"1", b"2"]
+
+
 # --- 4: a crash at any instruction --------------------------------------------------------------------
 
 
@@ -5893,6 +6038,36 @@ def test_multiprocessing(directory: Path, queue: FemtoQueue, method: str) -> Non
     assert queue.status(claim.id) == "done" and claim.data == b"b"
 
 
+def test_a_forked_child_is_one_owner_for_all_its_threads(directory: Path) -> None:
+    """Threads of a forked child that use an object at the same time are one owner of its claims."""
+    run(
+        """
+import threading
+sys.setswitchinterval(1e-6)
+q = FemtoQueue(sys.argv[1], "node")
+q.push_many([b"x"] * 4)
+pid = os.fork()
+if not pid:
+    begin, real = threading.Barrier(4), q._begin_in_this_process
+
+    def slowly():
+        time.sleep(0.05)
+        real()
+
+    q._begin_in_this_process = slowly
+    threads = [threading.Thread(target=lambda: (begin.wait(), q.pop())) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    owners = os.listdir(f"{sys.argv[1]}/in_progress")
+    os._exit(len([name for name in owners if f"~{os.getpid()}~" in name]))
+assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 1
+""",
+        directory,
+    )
+
+
 # --- 9: no thread, no signal handler, no open file ----------------------------------------------------
 
 
@@ -6202,6 +6377,20 @@ def test_many_idle_owners_cost_nothing(directory: Path, clock: Time) -> None:
         assert q.pop() is None
     assert os.listdir(directory / "in_progress") == []
     assert len(calls_of(idle[0].pop)) <= 16
+
+
+def test_many_that_come_back_leave_the_shared_bucket_small(directory: Path, clock: Time) -> None:
+    """Pushing and retrying by turns, over two periods, puts no more than 1,000 into one directory."""
+    q = FemtoQueue(directory, "node")
+    q.push(b"old")
+    clock.advance(2_000)
+    for _ in range(1_200):
+        q.push(b"new")
+        task = q.pop()
+        assert task.data == b"old"
+        q.retry(task)
+    sizes = [len(os.listdir(path)) for path in (directory / "pending").iterdir()]
+    assert sum(sizes) == 1_201 and max(sizes) <= 1_000
 
 
 def test_ids_of_pending_are_lazy(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
