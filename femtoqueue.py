@@ -258,6 +258,8 @@ class FemtoQueue:
         self._unsure: set[str] = set()  # claims whose rename failed, as far as we were told
         self._failures: dict[str, int] = {}  # how often each path could not be read or moved, lately
         self._claimed_at_us = self._look_at_us = self._sweep_at_us = 0
+        self._own_dir_lock = _thread.RLock()
+        self._own_dirs_made = 0
         self._own_dir_is_durable = False  # its entry is on disk
         self._unsynced: dict[str, None] = {}  # directories of renames not synced, the old side first
         self._unconfirmed: dict[tuple[str, str], tuple[str, ...]] = {}  # the same, by call and id
@@ -814,12 +816,13 @@ class FemtoQueue:
                 self._fail_unclaimed(source, id)
                 return None
             durable = not self.sync_after_write or self._own_dir_is_durable
+            made = self._own_dirs_made
             there = durable and _rename(source, path)
-            if not there and not (self._make_own_directory(source) and _rename(source, path)):
+            if not there and not (self._make_own_directory(made) and _rename(source, path)):
                 self._miss(claim)
                 return None
             self._check_open()  # close() gives back what it sees, and this may have come after it
-            self._misses = 0
+            self._misses = max(0, self._misses - 1)
             self._claimed_at_us = now_us
             if self._unsure:
                 self._unsure.discard(claim)
@@ -838,16 +841,19 @@ class FemtoQueue:
             _add_path(error, path)
             raise
 
-    def _make_own_directory(self, source: str) -> bool:
-        """Make what an idle worker removes; False if it is not that which was missing, but `source`."""
-        if os.path.isdir(self._own_dir) and (self._own_dir_is_durable or not self.sync_after_write):
-            return _exists(source)  # or another thread has just made it
-        self._own_dir_is_durable = False
-        _make_directory(self._own_dir)
-        if self.sync_after_write:
-            _sync(self._dirs["in_progress"])
-            self._own_dir_is_durable = True
-        return True
+    def _make_own_directory(self, made: int) -> bool:
+        """Make what an idle worker removes; False if it was there already when `made` were made."""
+        with self._own_dir_lock:  # another thread may be doing the same
+            durable = self._own_dir_is_durable or not self.sync_after_write
+            if durable and os.path.isdir(self._own_dir):
+                return made != self._own_dirs_made
+            self._own_dir_is_durable = False
+            _make_directory(self._own_dir)
+            self._own_dirs_made += 1
+            if self.sync_after_write:
+                _sync(self._dirs["in_progress"])
+                self._own_dir_is_durable = True
+            return True
 
     def _miss(self, claim: str) -> None:
         """Another worker was quicker: skip names if that is likely to happen again."""
@@ -862,7 +868,7 @@ class FemtoQueue:
                     self._note_company(owner.name)
         # Worker processes all try the same oldest name. Those skipped are found by the next listing.
         if self._listing and self._has_company:
-            self._listing.skip(1 + os.urandom(1)[0] % 4 ** (self._misses - 1))
+            self._listing.skip(1 + zlib.crc32(claim.encode()) % 4 ** (self._misses - 1))
 
     def _fail_unclaimed(self, path: str, id: str) -> None:
         """Give up a task that nobody claims, as `fail` would."""
