@@ -2065,9 +2065,9 @@ _forks = 0  # of this process: tasks popped before one are held by the other pro
 _objects: weakref.WeakValueDictionary[str, FemtoQueue] = weakref.WeakValueDictionary()
 # The same, of all copies of this file in this interpreter: several libraries may have vendored it.
 # Other interpreters of this process have objects that we know nothing of: hence the tag.
-_interpreter: str = vars(sys).setdefault("_femtoqueue_interpreter", os.urandom(2).hex())
+_interpreter: str = sys.__dict__.setdefault("_femtoqueue_interpreter", os.urandom(2).hex())
 _owners: weakref.WeakValueDictionary[str, object]
-_owners = vars(sys).setdefault("_femtoqueue_owners", weakref.WeakValueDictionary())
+_owners = sys.__dict__.setdefault("_femtoqueue_owners", weakref.WeakValueDictionary())
 
 
 def _identity() -> _Identity:
