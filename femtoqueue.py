@@ -567,8 +567,8 @@ class FemtoQueue:
                 _try(_rename, target, source)
                 raise
             if not bucket.made:
-                bucket.made = True
                 _make_directory(bucket.path)
+                bucket.made = True  # not before: another thread would take it for one that was removed
             elif not _exists(source):
                 # Over NFS, a rename that was sent twice succeeds and then reports ENOENT: rename(2).
                 return bucket if _exists(target) else None
