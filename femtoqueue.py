@@ -252,7 +252,7 @@ class FemtoQueue:
         self._buckets: dict[tuple[str, bool], _Bucket] = {}  # where the next task goes
         self._room = 0  # how many tasks may come before maxsize is looked at again
         self._listing: _Listing | None = None
-        self._misses = 0  # claims in a row that another worker was quicker at
+        self._misses = 0  # rises when another worker was quicker, falls with each claim
         self._has_company = False  # of other processes that claim tasks
         self._has_hosts = False  # other machines or containers among them
         self._unsure: set[str] = set()  # claims whose rename failed, as far as we were told
@@ -514,9 +514,8 @@ class FemtoQueue:
                 self._publish(draft, "pending", time_us, id)
             else:
                 self._publish(draft, "scheduled", due_us, _format(id, 0, due_us))
-        except BaseException as error:
+        except BaseException:
             _try(_unlink, draft)
-            _add_path(error, draft)
             raise
         return id
 
@@ -982,11 +981,10 @@ class FemtoQueue:
         self._check_open()
         if task._finished:
             raise NotInProgress(f"{task.id} was finished already")
-        again = (
-            task._verdict is not None and task._verdict[0] == verdict
-        )  # the call before this one raised
-        if task._verdict and again:
-            _, target, directories = task._verdict
+        before = task._verdict
+        again = before is not None and before[0] == verdict  # the call before this one raised
+        if before and again:
+            _, target, directories = before
         try:
             if not (again and task._moved):
                 self._move_claim(task, target, again)
@@ -1076,9 +1074,8 @@ class FemtoQueue:
         unsure = set(self._unsure)
         before = len(errors)
         owners = _list(self._dirs["in_progress"], errors)
-        still_unsure = (
-            unsure if len(errors) > before else set()
-        )  # or what our directory is found to hold
+        # Below, what our own directory is found to hold.
+        still_unsure = unsure if len(errors) > before else set()
         self._has_company = False
         for owner in owners:
             if not _is_owner(owner.name) or not owner.is_dir(follow_symlinks=False):
@@ -1178,13 +1175,14 @@ class FemtoQueue:
             if os.name != "nt" or not isinstance(error, PermissionError):
                 self._note_failure(path, error, errors)
             return False
-        if bucket and self.sync_after_write:
+        if bucket:
             self._note_unsynced(os.path.dirname(path), *bucket.directories())
         return bucket is not None
 
     def _note_unsynced(self, *directories: str) -> None:
-        with self._sync_lock:
-            self._unsynced.update(dict.fromkeys(directories))
+        if self.sync_after_write:
+            with self._sync_lock:
+                self._unsynced.update(dict.fromkeys(directories))
 
     def _forget_listings(self) -> None:
         """A task went back to its old place, which may be before all that is in hand here."""
@@ -1918,8 +1916,7 @@ class _Clock:
         self._last_us = 0
 
     def now(self) -> int:
-        now_us = int(time.monotonic() * 1_000_000) + self.offset_us
-        return max(now_us, self._last_us)
+        return max(_monotonic_us() + self.offset_us, self._last_us)
 
     def stamp(self) -> int:
         """A time above all that this process has stamped: should the clock be frozen, order is not."""
