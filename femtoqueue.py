@@ -256,7 +256,7 @@ class FemtoQueue:
         self._has_company = False  # of other processes that claim tasks
         self._has_hosts = False  # other machines or containers among them
         self._unsure: set[str] = set()  # claims whose rename failed, as far as we were told
-        self._failures: dict[str, int] = {}  # how often each path could not be read or moved, lately
+        self._passed_over: set[str] = set()  # paths that could not be read or moved, lately
         self._claimed_at_us = self._look_at_us = self._sweep_at_us = 0
         self._own_dir_lock = _thread.RLock()
         self._own_dirs_made = 0
@@ -636,87 +636,78 @@ class FemtoQueue:
 
     def _pop(self, timeout: float | None, stopped: Sequence[int] = ()) -> FemtoTask | None:
         self._check_open()
-        return self._claim_next() or self._search(timeout, stopped)
-
-    def _claim_next(self) -> FemtoTask | None:
-        """Claim the next task of the listing in hand: the usual case. None if there is more to it."""
         now_us = self._clock.stamp()
         listing = self._listing
-        if listing is None or now_us >= self._look_at_us or self._failures:
-            return None
-        try:
-            found = listing.next()
-            return found and self._claim(*found, now_us)
-        except OSError:
-            self._begin_anew([])
-            return None
+        if listing and now_us < self._look_at_us and not self._passed_over:  # the usual case
+            try:
+                if (found := listing.next()) and (task := self._claim(*found, now_us)):
+                    return task
+            except OSError:
+                self._begin_anew()
+        return self._search(timeout, stopped)
 
     def _search(self, timeout: float | None, stopped: Sequence[int]) -> FemtoTask | None:
         """Look everywhere, until there is a task, time is over, or `stopped` is not empty."""
         end_s = timeout and time.monotonic() + timeout
+        while not stopped:
+            self._check_open()
+            over = end_s is not None and time.monotonic() >= end_s
+            task = self._look_everywhere(over)
+            if task is not None or over:
+                return task
+            self._rest(end_s, stopped)
+        return None
+
+    def _look_everywhere(self, over: bool) -> FemtoTask | None:
+        """The oldest task there is, or None; OSError if there may be one that cannot be had.
+
+        Upon an error all is tried once more, for a passing fault must not change the order. What then
+        fails is passed over, so that one file that this user may not read does not stop the others. It
+        is tried again when there is nothing else, and after a minute.
+        """
+        try:
+            task = self._look_and_claim(over, None)
+            if task is None and self._passed_over:
+                self._begin_anew()
+                self._passed_over.clear()
+                task = self._look_and_claim(over, None)
+            return task
+        except OSError:
+            self._begin_anew()
         errors: list[OSError] = []
         try:
-            while not stopped:
-                self._check_open()
-                errors.clear()
-                task = self._look_and_claim(errors)
-                if task is not None:
-                    return task
-                over = end_s is not None and time.monotonic() >= end_s
-                found = self._look(errors) if over else self._promote(errors)
-                if self._failures and not found:  # nothing else is there: are they still as they were?
-                    self._begin_anew(errors)
-                    self._failures.clear()
-                    task = self._attempt(errors, 0)
-                    if task is not None:
-                        return task
-                if errors and not found:
-                    raise errors.pop(0)
-                if over and not found:
-                    return None
-                if not found:
-                    self._rest(end_s, stopped)
-            return None
+            task = self._look_and_claim(over, errors)
+            if task is None and errors:
+                raise errors.pop(0)
+            return task
         finally:
             errors.clear()  # the frames in their tracebacks hold this list, and this object
 
-    def _look_and_claim(self, errors: list[OSError]) -> FemtoTask | None:
-        """Look if it is time to, and claim the oldest task there is; None if there is none.
+    def _look_and_claim(self, over: bool, errors: list[OSError] | None) -> FemtoTask | None:
+        """Claim the oldest task; None if there is none, although what is due was made pending.
 
-        Upon an error all is tried once more, for a passing fault must not change the order. What then
-        fails again is passed over: one file that this user may not read must not stop the others.
+        Errors are raised, or added to `errors`: so in all that this calls.
         """
-        patience = 0
-        while True:
-            failures = sum(self._failures.values())
-            task = self._attempt(errors, patience)
-            if task is not None or not errors:
-                return task
-            if patience and failures == sum(self._failures.values()):
-                raise errors.pop(0)
-            self._begin_anew(errors)
-            patience = _BATCH
-
-    def _attempt(self, errors: list[OSError], patience: int) -> FemtoTask | None:
         if self._clock.now() >= self._look_at_us:
             self._look(errors)
-        return self._claim_oldest(errors, patience and patience + len(errors))
+        while True:
+            task = self._claim_oldest(errors)
+            if task is not None:
+                return task
+            before = len(self._passed_over)  # what is passed over makes room in a batch for others
+            found = self._look(errors) if over else self._promote(errors)
+            if not found and len(self._passed_over) == before:
+                return None
 
-    def _begin_anew(self, errors: list[OSError]) -> None:
-        errors.clear()
+    def _begin_anew(self) -> None:
         self._listing = None
         self._look_at_us = 0
 
-    def _note_failure(self, path: str, error: OSError, errors: list[OSError]) -> None:
-        errors.append(error)
-        times = self._failures.get(path, 0) + 1
-        self._failures[path] = min(times, 2)
-        if times == 2 and len(errors) < 10:
+    def _pass_over(self, path: str, error: OSError, errors: list[OSError]) -> None:
+        self._passed_over.add(path)
+        if len(errors) < 10:  # of a million, each would hold its traceback
+            errors.append(error)
             _log("%s; it is passed over", str(error))
-
-    def _is_passed_over(self, path: str) -> bool:
-        """Did it fail twice? That is forgotten after a minute, and when there is nothing else."""
-        return self._failures.get(path, 0) > 1
 
     def _rest(self, end_s: float | None, stopped: Sequence[int]) -> None:
         """Sleep until there may be something to do; for a tenth of a second at most.
@@ -736,56 +727,51 @@ class FemtoQueue:
             if stopped or not listing or _modified(listing.directories) != before:
                 break
 
-    def _claim_oldest(self, errors: list[OSError], patience: int) -> FemtoTask | None:
-        """Claim the oldest task there is; None if a listing begun here has nothing to claim.
-
-        None as well when there are more errors than `patience`.
-        """
-        listing = self._listing
-        tried: set[str] = set()
-        listed_again = ""
-        begun_anew = False
-        quiet = 0  # listings in a row with nothing new
-        begun = False
-        while len(errors) <= patience:
-            new = False
-            while listing and len(errors) <= patience:
-                path = self._dirs["pending"]
-                try:
-                    if (found := listing.next()) is None:
-                        break
-                    name, directory = found
-                    path = f"{directory}/{name}"
-                    if name in tried:
-                        if _parse(name):
-                            listed_again = path  # although it is gone, as network filesystems do
-                        continue
-                    if self._failures and self._is_passed_over(path):
-                        continue
-                    tried.add(name)
-                    new = True
-                    task = self._claim(name, directory, self._clock.stamp())
-                    if task is not None:
-                        return task
-                except OSError as error:
-                    self._note_failure(path, error, errors)
-            if len(errors) > patience:
-                break
-            if listing:
-                self._remove_empty(listing.empty)
-            quiet = 0 if new or (listing and listing.skipped) else quiet + begun
-            if quiet and (quiet == 3 or not (listing and listing.hides)):
-                if begun_anew or not listed_again or not _exists(listed_again):
-                    break
-                # It was put back by another worker, who claimed it and could not read it.
-                tried.clear()
-                begun_anew = True
+    def _claim_oldest(self, errors: list[OSError] | None) -> FemtoTask | None:
+        """Claim the oldest task there is; None if a listing begun here has nothing to claim."""
+        tried: dict[str, int] = {}
+        task = self._claim_from(self._listing, tried, errors) if self._listing else None
+        quiet = 0  # listings in a row with nothing new, but for what they hide
+        while task is None and quiet < 3:
+            before = sum(tried.values())
             # What is stamped in the future twice over comes from a machine whose clock is ahead.
             horizon_us = None if quiet == 2 else self._clock.now()
             self._listing = None  # should the next one fail, this one is not gone on with
             listing = self._listing = _Listing(self._dirs["pending"], horizon_us)
-            begun = True
-        return None
+            task = self._claim_from(listing, tried, errors)
+            if sum(tried.values()) > before or listing.skipped:
+                quiet = 0
+            elif listing.hides:
+                quiet += 1
+            else:
+                break
+        return task
+
+    def _claim_from(
+        self, listing: _Listing, tried: dict[str, int], errors: list[OSError] | None
+    ) -> FemtoTask | None:
+        """Claim the first task of a listing that can be had; None if there is none."""
+        while True:
+            path = self._dirs["pending"]
+            try:
+                if (found := listing.next()) is None:
+                    self._remove_empty(listing.empty)
+                    return None
+                name, directory = found
+                path = f"{directory}/{name}"
+                times = tried.get(name, 0)
+                # Network filesystems list what is gone. Or another worker, who claimed it and could not
+                # read it, put it back: then it is tried once more, and no more, for they also lie.
+                if path in self._passed_over or times > 1 or (times and not _exists(path)):
+                    continue
+                tried[name] = times + 1
+                task = self._claim(name, directory, self._clock.stamp())
+                if task is not None:
+                    return task
+            except OSError as error:
+                if errors is None:
+                    raise
+                self._pass_over(path, error, errors)
 
     def _remove_empty(self, buckets: list[str]) -> None:
         """Remove those that no producer may be about to use: a shared one when its period is over."""
@@ -1056,57 +1042,50 @@ class FemtoQueue:
 
     # --- back: due tasks, dead and hung workers ---------------------------------------------------
 
-    def _look(self, errors: list[OSError]) -> bool:
+    def _look(self, errors: list[OSError] | None) -> bool:
         """Bring back what is due or abandoned; tell if anything became pending."""
         now_us = self._clock.now()
         self._listing = None  # another process may have put a task back at its old place
         self._look_at_us = now_us + _LOOK_US
         if now_us >= self._sweep_at_us:
             self._sweep_at_us = now_us + _SWEEP_US
-            self._failures.clear()
+            self._passed_over.clear()
             self._sweep(now_us, errors)
         recovered = self._recover(now_us, errors)
         return self._promote(errors) or recovered
 
-    def _recover(self, now_us: int, errors: list[OSError]) -> bool:
+    def _recover(self, now_us: int, errors: list[OSError] | None) -> bool:
         """Take back claims of owners that are gone, never delivered ones, and those out of lease."""
         back: list[tuple[str, str]] = []
-        unsure = set(self._unsure)
-        before = len(errors)
-        owners = _list(self._dirs["in_progress"], errors)
-        # Below, what our own directory is found to hold.
-        still_unsure = unsure if len(errors) > before else set()
         self._has_company = False
-        for owner in owners:
+        for owner in _list(self._dirs["in_progress"], errors):
             if not _is_owner(owner.name) or not owner.is_dir(follow_symlinks=False):
                 continue
-            if self._is_passed_over(owner.path):
+            if owner.path in self._passed_over:
                 continue
             self._note_company(owner.name)
             mine = owner.name == self._owner
             alive = _is_alive(owner.name, self.node_id)
+            unsure = set(self._unsure) if mine else set()
             try:
                 names = _names(owner.path)
             except OSError as error:
-                self._note_failure(owner.path, error, errors)
-                still_unsure = unsure if mine else still_unsure
+                if errors is None:
+                    raise
+                self._pass_over(owner.path, error, errors)
                 continue
-            if mine:
-                still_unsure = unsure & set(names)
+            self._unsure -= unsure.difference(names)
             for name in names:
                 path = f"{owner.path}/{name}"
-                if (parsed := _parse(name)) and not self._is_passed_over(path):
+                if (parsed := _parse(name)) and path not in self._passed_over:
                     id, used, deadline_us = parsed
-                    undelivered = mine and name in unsure
-                    lease_is_over = deadline_us < now_us
-                    if undelivered or alive is False or lease_is_over:
+                    undelivered = name in unsure
+                    if undelivered or alive is False or deadline_us < now_us:
                         back.append((_format(id, used - 1 if undelivered else used), path))
             idle = mine and now_us - self._claimed_at_us > _LINGER_US
             if not names and (idle or alive is False):
                 _remove_directory(owner.path)
-        found = self._make_pending(sorted(back)[:_BATCH], errors)
-        self._unsure -= unsure - still_unsure
-        return found
+        return self._make_pending(sorted(back)[:_BATCH], errors)
 
     def _note_company(self, owner: str) -> None:
         """Remember if there are other processes that claim tasks, and other machines."""
@@ -1114,14 +1093,16 @@ class FemtoQueue:
         self._has_company |= process != ours
         self._has_hosts |= process[2] != ours[2]
 
-    def _promote(self, errors: list[OSError]) -> bool:
+    def _promote(self, errors: list[OSError] | None) -> bool:
         """Make due tasks pending, earliest first; tell if there were any."""
         now_us = _wall_us()
         due, next_due_us = self._find_due(now_us, errors)
         self._look_at_us = min(self._look_at_us, self._clock.now() + max(0, next_due_us - now_us))
         return self._make_pending([(name, path) for _, name, path in sorted(due)[:_BATCH]], errors)
 
-    def _find_due(self, now_us: int, errors: list[OSError]) -> tuple[list[tuple[int, str, str]], int]:
+    def _find_due(
+        self, now_us: int, errors: list[OSError] | None
+    ) -> tuple[list[tuple[int, str, str]], int]:
         """What is due, as (due time, name, path), and when the next one will be.
 
         What is found not to be due yet is sorted into closer buckets, not to be read at each look.
@@ -1148,7 +1129,7 @@ class FemtoQueue:
                     continue
                 id, used, due_us = parsed
                 path = f"{directory}/{name}"
-                if self._is_passed_over(path):
+                if path in self._passed_over:
                     continue
                 if due_us <= now_us:
                     due.append((due_us, _format(id, used), path))
@@ -1158,22 +1139,30 @@ class FemtoQueue:
                     moved_closer += self._move(path, "scheduled", due_us, name, errors)
         return due, next_due_us
 
-    def _make_pending(self, tasks: list[tuple[str, str]], errors: list[OSError]) -> bool:
+    def _make_pending(self, tasks: list[tuple[str, str]], errors: list[OSError] | None) -> bool:
         """Move tasks, given by name and path, to their old places; tell if any was moved."""
-        moved = sum(self._move(path, "pending", _time_us(name), name, errors) for name, path in tasks)
-        if moved:
-            self._forget_listings()
-            self._sync_unsynced()
+        moved = 0
+        try:
+            for name, path in tasks:
+                moved += self._move(path, "pending", _time_us(name), name, errors)
+        finally:
+            if moved:
+                self._forget_listings()
+        self._sync_unsynced()
         return moved > 0
 
-    def _move(self, path: str, state: str, time_us: int, name: str, errors: list[OSError]) -> bool:
+    def _move(
+        self, path: str, state: str, time_us: int, name: str, errors: list[OSError] | None
+    ) -> bool:
         """Rename a task that nobody claims; False if it is not there any more, or cannot be moved."""
         try:
             bucket = self._enter(path, state, time_us, name, back=True)
         except OSError as error:
-            # On Windows, whoever works on the file keeps it from being renamed.
-            if os.name != "nt" or not isinstance(error, PermissionError):
-                self._note_failure(path, error, errors)
+            if os.name == "nt" and isinstance(error, PermissionError):
+                return False  # there, whoever works on the file keeps it from being renamed
+            if errors is None:
+                raise
+            self._pass_over(path, error, errors)
             return False
         if bucket:
             self._note_unsynced(os.path.dirname(path), *bucket.directories())
@@ -1190,7 +1179,7 @@ class FemtoQueue:
             if queue._root == self._root:
                 queue._listing = None
 
-    def _sweep(self, now_us: int, errors: list[OSError]) -> None:
+    def _sweep(self, now_us: int, errors: list[OSError] | None) -> None:
         """Delete what dead writers left half-written, and the empty directories of forgotten owners."""
         for entry in _list(self._dirs["creating"], errors):
             owner, _, stamp = entry.name.rpartition("~")

@@ -7735,6 +7735,8 @@ while task := q.pop():
 assert got == [(id, b"%d\r\n" % n) for n, id in enumerate(ids)], got
 assert [*q.ids("done")] == ids[:99]
 assert q.status(ids[99]) == "failed" and q.requeue(ids[99]) and q.cancel(ids[99])
+for id in ids[:99]:  # the clock there moves in steps, and may be behind the files
+    os.utime(f"{sys.argv[1]}/done/{id}", (0, 0))
 assert q.purge("done", 0) == 99
 print(sorted({*q.counts().values()}))
 """,
