@@ -410,7 +410,7 @@ class FemtoQueue:
 
     def _write_many(self, items: Iterable[object], drafts: list[tuple[str, int, str]]) -> None:
         """Write a new file for each item, for good, and note each in `drafts` at once."""
-        descriptors: list[int] = []
+        unsynced: list[int] = []
         try:
             for item in items:
                 if self.maxsize:
@@ -418,14 +418,13 @@ class FemtoQueue:
                 time_us = self._clock.stamp()
                 stem = self._new_stem(time_us)
                 path = self._creating + stem
-                descriptor, crc = _create(path, (_payload(item),))
-                descriptors.append(descriptor)
+                crc = self._write(path, (_payload(item),), unsynced)
                 drafts.append((path, time_us, f"{stem}.{crc:08x}"))
-                if len(descriptors) == 100:
-                    _sync_files(descriptors)
-            _sync_files(descriptors)
+                if len(unsynced) == 100:
+                    _sync_files(unsynced)
+            _sync_files(unsynced)
         finally:
-            for descriptor in descriptors:
+            for descriptor in unsynced:
                 os.close(descriptor)
 
     def push_file(self, path: str | os.PathLike[str], *, move: bool = False) -> str:
@@ -523,15 +522,31 @@ class FemtoQueue:
         """An id but for its checksum."""
         return "%016d_%s%06x" % (time_us, self._producer, next(self._count))
 
-    def _write(self, path: str, chunks: Iterable[bytes]) -> int:
-        """Write a new file, for good; return its CRC-32."""
-        descriptor, crc = _create(path, chunks)
+    def _write(self, path: str, chunks: Iterable[bytes], unsynced: list[int] | None = None) -> int:
+        """Write a new file, for good; return its CRC-32.
+
+        With a list, its descriptor is left in there, to be synced and closed with others.
+        """
+        descriptor = os.open(path, _WRITE_FLAGS, 0o666)
         try:
-            try:
-                if self.sync_after_write:
-                    os.fsync(descriptor)
-            finally:
-                os.close(descriptor)  # where a network filesystem reports a failed write
+            crc = 0
+            for chunk in chunks:
+                crc = zlib.crc32(chunk, crc)
+                written = os.write(descriptor, chunk)
+                while written < len(chunk):
+                    written += os.write(descriptor, memoryview(chunk)[written:])
+            if unsynced is not None:
+                unsynced.append(descriptor)
+                return crc
+            if self.sync_after_write:
+                os.fsync(descriptor)
+        except BaseException as error:
+            _add_path(error, path)
+            _try(os.close, descriptor)
+            _try(_unlink, path)
+            raise
+        try:
+            os.close(descriptor)  # where a network filesystem reports a failed write
         except OSError as error:
             _add_path(error, path)
             raise
@@ -1699,8 +1714,8 @@ class _Listing:
     def _take_up(self, names: list[str], directory: str) -> None:
         """Add the tasks of a directory to those in hand."""
         tasks = [name for name in names if name[16:17] == "_"]
-        end = self._end
-        listed = [(name, directory) for name in tasks if name <= end]
+        tasks.sort(reverse=True)  # three times as fast as to sort the pairs
+        listed = [(name, directory) for name in tasks if name <= self._end]
         self.hides |= len(listed) < len(tasks)
         self._hand += listed
         self._hand.sort(reverse=True)
@@ -1769,7 +1784,7 @@ def _list(directory: str, errors: list[OSError] | None = None) -> list[os.DirEnt
 def _names(directory: str, errors: list[OSError] | None = None) -> list[str]:
     """The regular files in a directory that may vanish at any time."""
     try:
-        return [entry.name for entry in _list(directory) if _is_file(entry)]
+        return [entry.name for entry in _list(directory) if entry.is_file(follow_symlinks=False)]
     except OSError as error:
         if not _is_gone(error, directory):
             if errors is None:
@@ -1802,24 +1817,6 @@ def _modified(directories: list[str]) -> list[float]:
         return [os.stat(directory).st_mtime for directory in directories]
     except OSError:
         return []  # whoever lists it will see
-
-
-def _create(path: str, chunks: Iterable[bytes]) -> tuple[int, int]:
-    """Write a new file; return its descriptor, which is still open, and its CRC-32."""
-    descriptor = os.open(path, _WRITE_FLAGS, 0o666)
-    try:
-        crc = 0
-        for chunk in chunks:
-            crc = zlib.crc32(chunk, crc)
-            written = os.write(descriptor, chunk)
-            while written < len(chunk):
-                written += os.write(descriptor, memoryview(chunk)[written:])
-    except BaseException as error:
-        _try(_unlink, path)
-        _add_path(error, path)
-        os.close(descriptor)
-        raise
-    return descriptor, crc
 
 
 def _make_directory(path: str) -> list[str]:
