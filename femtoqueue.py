@@ -259,7 +259,6 @@ class FemtoQueue:
         self._passed_over: set[str] = set()  # paths that could not be read or moved, lately
         self._claimed_at_us = self._look_at_us = self._sweep_at_us = 0
         self._own_dir_lock = _thread.RLock()
-        self._own_dirs_made = 0
         self._own_dir_is_durable = False  # its entry is on disk
         self._unsynced: dict[str, None] = {}  # directories of renames not synced, the old side first
         self._unconfirmed: dict[tuple[str, str], tuple[str, ...]] = {}  # the same, by call and id
@@ -372,9 +371,7 @@ class FemtoQueue:
         Raises TypeError if `data` is not bytes-like (encode a str yourself), and `queue.Full` if
         `maxsize` tasks are pending.
         """
-        if type(data) is not bytes:
-            data = _payload(data)
-        return self._push((data,))
+        return self._add((data if type(data) is bytes else _payload(data),))
 
     def push_many(self, items: Iterable[bytes | bytearray | memoryview]) -> list[str]:
         """Push all `items`, in order, and return their ids.
@@ -436,14 +433,12 @@ class FemtoQueue:
         """
         self._check_open()
         source = _path("path", path)
-        if self.maxsize:
-            self._make_room()
         try:
             if move and (id := self._push_by_rename(source)):
                 return id
             descriptor = _open_regular(source, _READ_FLAGS & ~_NO_FOLLOW)
             try:
-                id = self._add(_chunks(descriptor), self._clock.stamp())
+                id = self._add(_chunks(descriptor))
             finally:
                 _try(os.close, descriptor)
         except OSError as error:
@@ -460,6 +455,8 @@ class FemtoQueue:
 
     def _push_by_rename(self, source: str) -> str | None:
         """Make the file itself a task; None if it lies on another filesystem."""
+        if self.maxsize:
+            self._make_room()
         if os.path.islink(source):
             raise ValueError(f"path: {source!r} is a symbolic link; move the file that it points to")
         # Windows only syncs what is open for writing, and renames nothing that is open.
@@ -487,24 +484,18 @@ class FemtoQueue:
         an aware datetime. A time in the past is due at once. Raises ValueError for a naive datetime,
         and for a number that can only be seconds, milliseconds or nanoseconds.
         """
-        return self._schedule((_payload(data),), _due_us(time_us))
+        return self._add((_payload(data),), _due_us(time_us))
 
-    def _push(self, chunks: Iterable[bytes]) -> str:
-        self._check_open()
-        if self.maxsize:
-            self._make_room()
-        return self._add(chunks, self._clock.stamp())
-
-    def _schedule(self, chunks: Iterable[bytes], due_us: int) -> str:
-        self._check_open()
-        now_us = self._clock.stamp()
-        # The id is in queue time. Once the wall clock was set, that differs; in whole milliseconds, so
-        # that the noise between two clock readings does not shuffle tasks that are due together.
-        lead_us = round(now_us - _wall_us(), -3)
-        return self._add(chunks, max(now_us, due_us + lead_us), due_us)
-
-    def _add(self, chunks: Iterable[bytes], time_us: int, due_us: int | None = None) -> str:
+    def _add(self, chunks: Iterable[bytes], due_us: int | None = None) -> str:
         """Write a task and publish it: as pending, or as scheduled if it has a due time."""
+        self._check_open()
+        if self.maxsize and due_us is None:
+            self._make_room()
+        time_us = self._clock.stamp()
+        if due_us is not None:
+            # The id is in queue time. Once the wall clock was set, that differs; in whole milliseconds,
+            # so that the noise between two clock readings does not shuffle tasks that are due together.
+            time_us = max(time_us, due_us + round(time_us - _wall_us(), -3))
         stem = self._new_stem(time_us)
         draft = self._creating + stem
         try:
@@ -816,13 +807,16 @@ class FemtoQueue:
                 self._fail_unclaimed(source, id)
                 return None
             durable = not self.sync_after_write or self._own_dir_is_durable
-            made = self._own_dirs_made
-            there = durable and _rename(source, path)
-            if not there and not (self._make_own_directory(made) and _rename(source, path)):
-                self._miss(claim)
+            claimed = durable and _rename(source, path)
+            if not claimed and _exists(source):  # so it is our own directory that is not there
+                self._make_own_directory()
+                claimed = _rename(source, path)
+            if not claimed:
+                self._note_miss(claim)
                 return None
             self._check_open()  # close() gives back what it sees, and this may have come after it
-            self._misses = max(0, self._misses - 1)
+            if self._misses:
+                self._misses -= 1
             self._claimed_at_us = now_us
             if self._unsure:
                 self._unsure.discard(claim)
@@ -841,21 +835,16 @@ class FemtoQueue:
             _add_path(error, path)
             raise
 
-    def _make_own_directory(self, made: int) -> bool:
-        """Make what an idle worker removes; False if it was there already when `made` were made."""
-        with self._own_dir_lock:  # another thread may be doing the same
-            durable = self._own_dir_is_durable or not self.sync_after_write
-            if durable and os.path.isdir(self._own_dir):
-                return made != self._own_dirs_made
+    def _make_own_directory(self) -> None:
+        """Make what an idle worker removes."""
+        with self._own_dir_lock:  # another thread must not claim before the directory is on disk
             self._own_dir_is_durable = False
             _make_directory(self._own_dir)
-            self._own_dirs_made += 1
             if self.sync_after_write:
                 _sync(self._dirs["in_progress"])
                 self._own_dir_is_durable = True
-            return True
 
-    def _miss(self, claim: str) -> None:
+    def _note_miss(self, claim: str) -> None:
         """Another worker was quicker: skip names if that is likely to happen again."""
         # The rename may have been done all the same, and its answer lost on a network.
         self._unsure.add(claim)
@@ -1366,7 +1355,7 @@ class FemtoQueue:
         """Give back what was claimed and not finished. Other calls raise FemtoQueueError then."""
         if self._given_back:
             return
-        self._begin_in_child()
+        self._become_another_owner()
         self._closed = True
         # From here on it is judged dead, should this be cut short.
         _objects.pop(self._owner, None)
@@ -1385,14 +1374,14 @@ class FemtoQueue:
     def _check_open(self) -> None:
         if self._closed:
             raise FemtoQueueError(f"{self!r} is closed; make a new one")
-        self._begin_in_child()
-
-    def _begin_in_child(self) -> None:
-        """Become another owner, if this process was forked from the one that made this object."""
         if self._process != _process_count:
-            with _fork_lock:
-                if self._process != _process_count:
-                    self._begin_in_this_process()
+            self._become_another_owner()
+
+    def _become_another_owner(self) -> None:
+        """Claim as oneself, if this process was forked from the one that made this object."""
+        with _fork_lock:  # another thread may have done it by now
+            if self._process != _process_count:
+                self._begin_in_this_process()
 
     def __enter__(self) -> FemtoQueue:
         self._check_open()
@@ -1497,17 +1486,18 @@ def _parse(name: str) -> tuple[str, int, int] | None:
     A name without a time, as shell scripts and the original make them, is due at the time in its id.
     """
     id, tilde, rest = name.partition("~")
+    stamp = id[:16]
     # isprintable: an id is one line anywhere, and a name that is not UTF-8 is no id.
-    if not (id[:16].isdigit() and id[16:17] == "_" and len(id) > 17 and id.isprintable()):
+    if not (stamp.isdigit() and id[16:17] == "_" and 17 < len(id) <= _MAX_ID and id.isprintable()):
         return None
-    if not (len(id) <= _MAX_ID if id.isascii() else _time_us(id) and len(id.encode()) <= _MAX_ID):
+    if not id.isascii() and not (stamp.isascii() and len(id.encode()) <= _MAX_ID):
         return None
     if not tilde:
-        return id, 0, int(id[:16])
+        return id, 0, int(stamp)
     used, tilde, time_text = rest.partition("~")
     if not _is_digits(used) or len(used) > 9 or (tilde and not _is_digits(time_text, 16)):
         return None
-    return id, int(used), int(time_text or id[:16])
+    return id, int(used), int(time_text or stamp)
 
 
 def _time_us(name: str) -> int:
@@ -1907,10 +1897,10 @@ class _Clock:
     def stamp(self) -> int:
         """A time above all that this process has stamped: should the clock be frozen, order is not."""
         with self.lock:
-            now_us = int(time.monotonic() * 1_000_000) + self.offset_us
+            now_us = int(time.monotonic() * 1e6) + self.offset_us
             if now_us <= self._last_us:
                 now_us = self._last_us + 1
-            self._last_us = max(now_us, self._last_us)
+            self._last_us = now_us
             return now_us
 
 
@@ -2384,7 +2374,7 @@ def _command_push(options: argparse.Namespace) -> int:
             )
         print(queue.push_file(path), flush=True)
     if not options.files:
-        print(queue._push(_chunks(0)))
+        print(queue._add(_chunks(0)))
     return 0
 
 
@@ -2400,7 +2390,7 @@ def _command_schedule(options: argparse.Namespace) -> int:
             raise ValueError(f"{options.when!r} is no time; write 2030-01-31T08:00 or +10m") from None
         in_utc = options.when.endswith("Z")  # which Python 3.10 does not read
         due_us = _due_us(due.replace(tzinfo=datetime.timezone.utc) if in_utc else due.astimezone())
-    print(_open(options)._schedule(_chunks(0), due_us))
+    print(_open(options)._add(_chunks(0), due_us))
     return 0
 
 
