@@ -145,7 +145,11 @@ class FemtoTask:
 
     @property
     def data(self) -> bytes:
-        """The payload. One over 1 MiB is read, from `path`, each time it is asked for."""
+        """The payload.
+
+        One over 1 MiB is read from `path` each time it is asked for, and gone with the claim: then
+        FileNotFoundError is raised.
+        """
         if self._data is not None:
             return self._data
         for _ in range(3):
@@ -205,17 +209,14 @@ class FemtoQueue:
         root = _path("data_dir", data_dir)
         if not root or "\0" in root:
             raise ValueError(f"data_dir: {root!r} is no path; name a directory")
-        if not isinstance(node_id, str):
-            raise TypeError(f"node_id: expected str, got {type(node_id).__name__}")
-        if not (node_id and node_id.isprintable()) or _FORBIDDEN & set(node_id):
-            no = " ".join(sorted(_FORBIDDEN))
-            raise ValueError(f"node_id: {node_id!r} must be printable, not empty, and without {no}")
-        if len(node_id.encode()) > 64:
-            raise ValueError(f"node_id: {node_id!r} is longer than 64 bytes; use a shorter name")
+        _check_node_id(node_id)
         _check_number("timeout_stale_ms", timeout_stale_ms, 1e-3, 1e12, "milliseconds")
         if max_attempts is not None:
             _check_int("max_attempts", max_attempts, 1, "at least 1, or None for no limit")
         _check_int("maxsize", maxsize, 0, "at least 0, where 0 is no limit")
+        _check_flag("sync_after_write", sync_after_write)
+        _check_flag("keep_done", keep_done)
+        _check_flag("keep_failed", keep_failed)
 
         self.data_dir: str | os.PathLike[str] = data_dir
         self.node_id: str = node_id
@@ -237,7 +238,7 @@ class FemtoQueue:
         if self.sync_after_write:
             # Whoever made them need not have been durable.
             _sync(os.path.dirname(self._root), self._root)
-        weakref.finalize(self, _look_soon, self._root).atexit = False
+        weakref.finalize(self, _bring_back_soon, self._root).atexit = False
 
     def _begin_in_this_process(self) -> None:
         """Set up all that must not be shared with the process that this one was forked from."""
@@ -264,7 +265,7 @@ class FemtoQueue:
         self._unconfirmed: dict[tuple[str, str], tuple[str, ...]] = {}  # the same, by call and id
         self._sync_lock = _thread.RLock()
         self._process = _process_count
-        _objects[self._owner] = _owners[self._owner] = self
+        _owners[self._owner] = self
 
     def _make_directories(self) -> None:
         made = _make_directory(self._root)
@@ -392,7 +393,7 @@ class FemtoQueue:
         try:
             self._write_many(items, drafts)
             for path, time_us, id in drafts:
-                bucket = self._enter(path, "pending", time_us, id)
+                bucket = self._put_into_bucket(path, "pending", time_us, id)
                 if bucket is None:
                     raise _gone(path)
                 added.append(f"{bucket.path}/{id}")
@@ -545,7 +546,7 @@ class FemtoQueue:
 
     def _publish(self, draft: str, state: str, time_us: int, name: str, *also: str) -> None:
         """Make a whole file a task, for good; if that fails, it is no task."""
-        bucket = self._enter(draft, state, time_us, name)
+        bucket = self._put_into_bucket(draft, state, time_us, name)
         if bucket is None:
             raise _gone(draft)
         if self.sync_after_write:
@@ -556,11 +557,11 @@ class FemtoQueue:
                 _try(_rename, f"{bucket.path}/{name}", draft)
                 raise
 
-    def _enter(
+    def _put_into_bucket(
         self, source: str, state: str, time_us: int, name: str, back: bool = False
     ) -> _Bucket | None:
         """Rename `source` into a bucket of `state`; None if it is gone."""
-        bucket = self._bucket(state, time_us, back)
+        bucket = self._take_bucket(state, time_us, back)
         for _ in range(4):
             target = f"{bucket.path}/{name}"
             try:
@@ -583,7 +584,7 @@ class FemtoQueue:
                 bucket = self._buckets[state, back] = self._next_bucket(state, time_us, bucket)
         raise _gone(bucket.path)
 
-    def _bucket(self, state: str, time_us: int, back: bool = False) -> _Bucket:
+    def _take_bucket(self, state: str, time_us: int, back: bool = False) -> _Bucket:
         """The bucket in hand if it is for tasks of this time, or the next one.
 
         Those that come `back` have one of their own, or new ones would enter the shared one anew each
@@ -695,13 +696,13 @@ class FemtoQueue:
         Errors are raised, or added to `errors`: so in all that this calls.
         """
         if self._clock.now() >= self._look_at_us:
-            self._look(errors)
+            self._bring_back(errors)
         while True:
             task = self._claim_oldest(errors)
             if task is not None:
                 return task
             before = len(self._passed_over)  # what is passed over makes room in a batch for others
-            found = self._look(errors) if over else self._promote(errors)
+            found = self._bring_back(errors) if over else self._promote(errors)
             if not found and len(self._passed_over) == before:
                 return None
 
@@ -800,7 +801,7 @@ class FemtoQueue:
         id, used, _ = parsed
         source = f"{directory}/{name}"
         attempt = min(used + 1, _MAX_ATTEMPT)
-        claim = _format(id, attempt, now_us + self._lease_us)
+        claim = self._claim_name(id, attempt, now_us)
         path = f"{self._own_dir}/{claim}"
         try:
             if self.max_attempts is not None and used >= self.max_attempts:
@@ -835,6 +836,10 @@ class FemtoQueue:
             _add_path(error, path)
             raise
 
+    def _claim_name(self, id: str, attempt: int, now_us: int) -> str:
+        """The file name of a claim whose lease begins now."""
+        return _format(id, attempt, now_us + self._lease_us)
+
     def _make_own_directory(self) -> None:
         """Make what an idle worker removes."""
         with self._own_dir_lock:  # another thread must not claim before the directory is on disk
@@ -853,8 +858,8 @@ class FemtoQueue:
             return  # one stale name is no contention yet
         if not self._has_company:
             for owner in _list(self._dirs["in_progress"]):
-                if _is_owner(owner.name):
-                    self._note_company(owner.name)
+                if _is_owner_name(owner.name):
+                    self._note_other_owner(owner.name)
         # Worker processes all try the same oldest name. Those skipped are found by the next listing.
         if self._listing and self._has_company:
             self._listing.skip(1 + zlib.crc32(claim.encode()) % 4 ** (self._misses - 1))
@@ -877,7 +882,7 @@ class FemtoQueue:
         """Read and check a claimed file; None if it was broken and is in corrupt/ now."""
         descriptor = os.open(path, _READ_FLAGS)
         try:
-            if (attempt > 1 or self._has_hosts) and self._was_finished(descriptor, id):
+            if (attempt > 1 or self._has_hosts) and self._is_finished_too(descriptor, id):
                 _unlink(path)
                 return None
             data: bytes | None = os.read(descriptor, _SMALL)
@@ -897,7 +902,7 @@ class FemtoQueue:
             task._data = data and data[begin:]
         return task
 
-    def _was_finished(self, descriptor: int, id: str) -> bool:
+    def _is_finished_too(self, descriptor: int, id: str) -> bool:
         """Does the claimed file lie in done/ or failed/ as well?
 
         Healing a distributed filesystem can leave a renamed file under both names. To rename it onto
@@ -919,7 +924,7 @@ class FemtoQueue:
         self._finish(task, "failed", self.keep_failed)
 
     def _finish(self, task: FemtoTask, state: str, keep: bool) -> None:
-        _check_task(task)
+        self._check_task(task)
         if keep:
             self._leave(task, state, f"{self._dirs[state]}/{task.id}", (self._dirs[state],))
         else:
@@ -930,7 +935,7 @@ class FemtoQueue:
 
         Once `max_attempts` deliveries are used up it fails instead. Raises like `done`.
         """
-        _check_task(task)
+        self._check_task(task)
         _check_number("delay_ms", delay_ms, 0, 1e12, "milliseconds")
         if self.max_attempts is not None and task.attempt >= self.max_attempts:
             self.fail(task)
@@ -944,7 +949,7 @@ class FemtoQueue:
         else:
             state, time_us = "pending", _time_us(task.id)
             name = _format(task.id, task.attempt)
-        bucket = self._bucket(state, time_us, back=True)
+        bucket = self._take_bucket(state, time_us, back=True)
         if self.sync_after_write:
             bucket.prepare()
         self._leave(task, f"retry after {delay_us} us", f"{bucket.path}/{name}", bucket.directories())
@@ -952,29 +957,33 @@ class FemtoQueue:
 
     def touch(self, task: FemtoTask) -> None:
         """Begin a new full lease for `task`. Raises like `done`."""
+        self._check_task(task)
+        claim = self._claim_name(task.id, task.attempt, self._clock.stamp())
+        target = f"{os.path.dirname(task.path)}/{claim}"
+        self._move_claim(task, target)
+        task.path = target
+
+    def _check_task(self, task: FemtoTask) -> None:
         self._check_open()
-        _check_task(task)
-        name = _format(task.id, task.attempt, self._clock.stamp() + self._lease_us)
-        source = task.path
-        for _ in range(3):
-            target = f"{os.path.dirname(source)}/{name}"
-            if _rename(source, target):
-                task.path = target
-                return
-            source = self._locate(task)
-        raise NotInProgress(f"{task.id} is not in progress here any more")
+        if not isinstance(task, FemtoTask):
+            raise TypeError(f"task: expected what pop() returned, got {type(task).__name__}")
+        if task._finished:
+            raise NotInProgress(f"{task.id} was finished already")
+        if not task.path.startswith(self._dirs["in_progress"]):  # mounted elsewhere, or not our task
+            try:
+                task.path = self._locate(task)
+            except NotInProgress:
+                if _exists(task.path):
+                    raise ValueError(f"task: {task.id} is of another queue, not of {self!r}") from None
+                raise
 
     def _leave(
         self, task: FemtoTask, verdict: str, target: str | None, directories: tuple[str, ...]
     ) -> None:
         """Take `task` out of in_progress/: to `target`, or away. Then sync the directories touched."""
-        self._check_open()
-        if task._finished:
-            raise NotInProgress(f"{task.id} was finished already")
-        before = task._verdict
-        again = before is not None and before[0] == verdict  # the call before this one raised
-        if before and again:
-            _, target, directories = before
+        again = False
+        if task._verdict and task._verdict[0] == verdict:  # the same call raised: go on where it ended
+            again, (_, target, directories) = True, task._verdict
         try:
             if not (again and task._moved):
                 self._move_claim(task, target, again)
@@ -990,7 +999,7 @@ class FemtoQueue:
             raise
         task._finished = True
 
-    def _move_claim(self, task: FemtoTask, target: str | None, again: bool) -> None:
+    def _move_claim(self, task: FemtoTask, target: str | None, again: bool = False) -> None:
         """Rename a claim to `target`, or delete it, whatever it is called by now."""
         for _ in range(4):
             if _rename(task.path, target) if target else _unlink(task.path):
@@ -998,12 +1007,11 @@ class FemtoQueue:
             try:
                 task.path = self._locate(task)
             except NotInProgress:
-                # Was the rename done in spite of an error, or of the answer that there is no such file?
-                if not self._is_still_ours(task) and not (again and target):
-                    raise
-                if target and not _exists(target):
-                    raise
-                return
+                # Was it done all the same, and only the answer wrong? Over NFS: rename(2).
+                ours = (again and target) or self._is_still_ours(task)
+                if ours and (not target or _exists(target)):
+                    return
+                raise
             if target and _make_directory(os.path.dirname(target)):  # somebody had removed it
                 self._note_unsynced(os.path.dirname(os.path.dirname(target)))
         raise _gone(target or task.path)
@@ -1014,8 +1022,6 @@ class FemtoQueue:
         The old side first: on btrfs, a file whose new name alone is certain comes back under the old
         one as well.
         """
-        if not self.sync_after_write:
-            return
         with self._sync_lock:  # another thread must not return before what this one took up is on disk
             unsynced, self._unsynced = self._unsynced, {}
             try:
@@ -1046,7 +1052,7 @@ class FemtoQueue:
 
     # --- back: due tasks, dead and hung workers ---------------------------------------------------
 
-    def _look(self, errors: list[OSError] | None) -> bool:
+    def _bring_back(self, errors: list[OSError] | None) -> bool:
         """Bring back what is due or abandoned; tell if anything became pending."""
         now_us = self._clock.now()
         self._listing = None  # another process may have put a task back at its old place
@@ -1063,11 +1069,11 @@ class FemtoQueue:
         back: list[tuple[str, str]] = []
         self._has_company = False
         for owner in _list(self._dirs["in_progress"], errors):
-            if not _is_owner(owner.name) or not owner.is_dir(follow_symlinks=False):
+            if not _is_owner_name(owner.name) or not owner.is_dir(follow_symlinks=False):
                 continue
             if owner.path in self._passed_over:
                 continue
-            self._note_company(owner.name)
+            self._note_other_owner(owner.name)
             mine = owner.name == self._owner
             alive = _is_alive(owner.name, self.node_id)
             unsure = set(self._unsure) if mine else set()
@@ -1091,7 +1097,7 @@ class FemtoQueue:
                 _remove_directory(owner.path)
         return self._make_pending(sorted(back)[:_BATCH], errors)
 
-    def _note_company(self, owner: str) -> None:
+    def _note_other_owner(self, owner: str) -> None:
         """Remember if there are other processes that claim tasks, and other machines."""
         process, ours = owner.split("~")[1:4], self._owner.split("~")[1:4]  # PID, start, place
         self._has_company |= process != ours
@@ -1140,7 +1146,7 @@ class FemtoQueue:
                     continue
                 next_due_us = min(next_due_us, due_us)
                 if moved_closer < _BATCH and _period("scheduled", due_us)[0] > start_us:
-                    moved_closer += self._move(path, "scheduled", due_us, name, errors)
+                    moved_closer += self._move_unclaimed(path, "scheduled", due_us, name, errors)
         return due, next_due_us
 
     def _make_pending(self, tasks: list[tuple[str, str]], errors: list[OSError] | None) -> bool:
@@ -1148,19 +1154,19 @@ class FemtoQueue:
         moved = 0
         try:
             for name, path in tasks:
-                moved += self._move(path, "pending", _time_us(name), name, errors)
+                moved += self._move_unclaimed(path, "pending", _time_us(name), name, errors)
         finally:
             if moved:
                 self._forget_listings()
         self._sync_unsynced()
         return moved > 0
 
-    def _move(
+    def _move_unclaimed(
         self, path: str, state: str, time_us: int, name: str, errors: list[OSError] | None
     ) -> bool:
         """Rename a task that nobody claims; False if it is not there any more, or cannot be moved."""
         try:
-            bucket = self._enter(path, state, time_us, name, back=True)
+            bucket = self._put_into_bucket(path, state, time_us, name, back=True)
         except OSError as error:
             if os.name == "nt" and isinstance(error, PermissionError):
                 return False  # there, whoever works on the file keeps it from being renamed
@@ -1179,21 +1185,21 @@ class FemtoQueue:
 
     def _forget_listings(self) -> None:
         """A task went back to its old place, which may be before all that is in hand here."""
-        for queue in list(_objects.values()):
-            if queue._root == self._root:
-                queue._listing = None
+        for queue in _objects_on(self._root):
+            queue._listing = None
+            queue._room = 0
 
     def _sweep(self, now_us: int, errors: list[OSError] | None) -> None:
         """Delete what dead writers left half-written, and the empty directories of forgotten owners."""
         for entry in _list(self._dirs["creating"], errors):
             owner, _, stamp = entry.name.rpartition("~")
             begun_us = _time_us(stamp)
-            if _is_owner(owner) and begun_us and _is_file(entry):
+            if _is_owner_name(owner) and begun_us and _is_file(entry):
                 alive = _is_alive(owner, self.node_id)
                 if alive is False or (alive is None and now_us - begun_us > _ORPHAN_US):
                     _try(_unlink, entry.path)
         for entry in _list(self._dirs["in_progress"], errors):
-            if _is_owner(entry.name) and _is_alive(entry.name, self.node_id) is None:
+            if _is_owner_name(entry.name) and _is_alive(entry.name, self.node_id) is None:
                 info = _lstat(entry.path)
                 if info and _wall_us() - info.st_mtime_ns // 1_000 > _ORPHAN_US:
                     _remove_directory(entry.path)
@@ -1251,7 +1257,7 @@ class FemtoQueue:
             if entry.name > until:
                 continue
             if state == "in_progress":
-                inner = _is_owner(entry.name) and entry.is_dir(follow_symlinks=False)
+                inner = _is_owner_name(entry.name) and entry.is_dir(follow_symlinks=False)
             else:
                 inner = state in _BUCKETED and _is_bucket(entry)
             if inner:
@@ -1297,7 +1303,7 @@ class FemtoQueue:
         """
         self._check_open()
         for _, path in self._find(id, ("failed", "corrupt", "done")):
-            if bucket := self._enter(path, "pending", _time_us(id), id, back=True):
+            if bucket := self._put_into_bucket(path, "pending", _time_us(id), id, back=True):
                 self._forget_listings()
                 return self._confirm("requeue", id, os.path.dirname(path), *bucket.directories())
         return self._confirm("requeue", id)
@@ -1358,7 +1364,6 @@ class FemtoQueue:
         self._become_another_owner()
         self._closed = True
         # From here on it is judged dead, should this be cut short.
-        _objects.pop(self._owner, None)
         _owners.pop(self._owner, None)
         errors: list[OSError] = []
         claims = [(name, claim) for name in _names(self._own_dir) if (claim := _parse(name))]
@@ -1403,7 +1408,8 @@ class FemtoQueue:
         In the main thread, SIGTERM, SIGINT and SIGHUP let the handler finish and then end the loop. A
         second one gives the task back at once, and raises SystemExit or KeyboardInterrupt.
 
-        The handler may finish the task itself; what it returns is ignored. `until_empty` ends the loop
+        The handler may finish the task itself; what it returns is ignored, but a coroutine or generator
+        raises TypeError: it would never run. `until_empty` ends the loop
         when nothing is pending or due, instead of waiting for more. Returns how many tasks were handled
         without an exception, and in time.
         """
@@ -1434,7 +1440,7 @@ class FemtoQueue:
         pid = os.getpid()
         try:
             try:
-                handler(task)
+                result = handler(task)
             except Exception as error:
                 if os.getpid() != pid:
                     raise
@@ -1445,6 +1451,7 @@ class FemtoQueue:
                 return False
             if os.getpid() != pid:
                 raise SystemExit  # the handler forked, and here is the child: the task is not its own
+            _check_has_run(result)
             if not task._finished:
                 self.done(task)
             return True
@@ -1692,14 +1699,13 @@ class _Listing:
                 self.empty.append(bucket)
             self._take_up(names, bucket)
         next_bucket = self._buckets[-1] if self._buckets else "~"
-        if self._hand and self._hand[0][0] < next_bucket:
-            self._final, self._hand = self._hand, []
-        else:  # what is smaller than the next bucket's name: nothing in there is older
-            final = []
-            while self._hand and self._hand[-1][0] < next_bucket:
-                final.append(self._hand.pop())
-            self._final = final[::-1]  # at once: other threads take from it
-        return bool(self._final)
+        cut = 0 if self._hand and self._hand[0][0] < next_bucket else len(self._hand)
+        while cut and self._hand[cut - 1][0] < next_bucket:  # nothing in there is older
+            cut -= 1
+        # Other threads take from it at once, and may leave nothing of it for us to see.
+        self._final = final = self._hand[cut:]
+        del self._hand[cut:]
+        return bool(final)
 
     def _take_up(self, names: list[str], directory: str) -> None:
         """Add the tasks of a directory to those in hand."""
@@ -1814,8 +1820,8 @@ def _make_directory(path: str) -> list[str]:
     try:
         os.mkdir(path)
     except FileExistsError:
-        if _exists(path) and not os.path.isdir(path):
-            raise
+        if _exists(path) and not os.path.isdir(path):  # a file, or a link that leads nowhere
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), path) from None
         return []  # even if it was removed again at once: whoever needs it will see
     except FileNotFoundError:
         parent = os.path.dirname(path)
@@ -1992,7 +1998,7 @@ def _process(pid: int | str) -> tuple[str, int, str] | None:
     return (fields[0], int(fields[17]), fields[19]) if len(fields) > 19 else None
 
 
-def _is_owner(name: str) -> bool:
+def _is_owner_name(name: str) -> bool:
     fields = name.split("~")
     return len(fields) == 5 and all(fields) and _is_digits(fields[1]) and _is_digits(fields[2])
 
@@ -2035,9 +2041,8 @@ _me: _Identity | None = None
 _fork_lock = _thread.RLock()
 _process_count = 0  # how many forks away this process is from the one that imported this module
 _forks = 0  # of this process: tasks popped before one are held by the other process as well
-_objects: weakref.WeakValueDictionary[str, FemtoQueue] = weakref.WeakValueDictionary()
-# The same, of all copies of this file in this interpreter: several libraries may have vendored it.
-# Other interpreters of this process have objects that we know nothing of: hence the tag.
+# The objects of all copies of this file in this interpreter, for several libraries may have vendored
+# it. Other interpreters of this process have objects that we know nothing of: hence the tag.
 _interpreter: str = sys.__dict__.setdefault("_femtoqueue_interpreter", os.urandom(2).hex())
 _owners: weakref.WeakValueDictionary[str, object]
 _owners = sys.__dict__.setdefault("_femtoqueue_owners", weakref.WeakValueDictionary())
@@ -2050,11 +2055,16 @@ def _identity() -> _Identity:
     return _me
 
 
-def _look_soon(root: str) -> None:
+def _bring_back_soon(root: str) -> None:
     """An object of this process is gone: its tasks come back at the next pop of any other."""
-    for queue in list(_objects.values()):
-        if queue._root == root:
-            queue._look_at_us = 0
+    for queue in _objects_on(root):
+        queue._look_at_us = 0
+
+
+def _objects_on(root: str) -> list[FemtoQueue]:
+    """This process's objects on one directory, as far as they are of this copy of the file."""
+    objects = list(_owners.values())
+    return [queue for queue in objects if isinstance(queue, FemtoQueue) and queue._root == root]
 
 
 def _note_fork() -> None:
@@ -2072,7 +2082,6 @@ def _begin_in_child() -> None:
     _process_count += 1
     _note_fork()
     _fork_lock = _thread.RLock()
-    _objects.clear()
     _owners.clear()
     for clock in list(_clocks.values()):
         clock.lock = _thread.RLock()
@@ -2103,9 +2112,14 @@ def _path(name: str, path: str | os.PathLike[str]) -> str:
     return text
 
 
-def _check_task(task: object) -> None:
-    if not isinstance(task, FemtoTask):
-        raise TypeError(f"task: expected what pop() returned, got {type(task).__name__}")
+def _check_node_id(node_id: object) -> None:
+    if not isinstance(node_id, str):
+        raise TypeError(f"node_id: expected str, got {type(node_id).__name__}")
+    if not (node_id and node_id.isprintable()) or _FORBIDDEN & set(node_id):
+        no = " ".join(sorted(_FORBIDDEN))
+        raise ValueError(f"node_id: {node_id!r} must be printable, not empty, and without {no}")
+    if len(node_id.encode()) > 64:
+        raise ValueError(f"node_id: {node_id!r} is longer than 64 bytes; use a shorter name")
 
 
 def _due_us(time_us: int | datetime.datetime) -> int:
@@ -2148,6 +2162,21 @@ def _check_int(name: str, value: int, least: int, wanted: str) -> None:
         raise ValueError(f"{name}: {value} must be {wanted}")
 
 
+def _check_has_run(result: object) -> None:
+    import inspect
+
+    if inspect.isawaitable(result) or inspect.isgenerator(result) or inspect.isasyncgen(result):
+        raise TypeError(
+            f"handler: returned a {type(result).__name__}, which has not run; "
+            "if it is async, hand over lambda task: asyncio.run(handler(task))"
+        )
+
+
+def _check_flag(name: str, value: object) -> None:
+    if not isinstance(value, int):
+        raise TypeError(f"{name}: expected True or False, got {value!r}")
+
+
 def _check_state(state: str, states: Sequence[str]) -> None:
     if state not in states:
         raise ValueError(f"state: {state!r} is none of {', '.join(states)}")
@@ -2188,9 +2217,8 @@ class _StopOnSignals:
         pid = os.getpid()
 
         def catch(number: int, frame: types.FrameType | None) -> None:
-            if (
-                os.getpid() != pid
-            ):  # a process that the handler forked: there it means what it did before
+            # In a process that the handler forked, it means what it did before.
+            if os.getpid() != pid:
                 signal.signal(number, self._before[number])
                 signal.raise_signal(number)
                 return
@@ -2257,7 +2285,8 @@ def _parser() -> argparse.ArgumentParser:
     add = command(_command_run, "run a command for each task, with the payload as its standard input")
     add("--until-empty", action="store_true", help="stop when nothing is pending or due")
     add("--max-attempts", type=int, metavar="N", help="then the task fails (default: no limit)")
-    add("cmd", nargs="+", metavar="-- CMD", help="exit status 0 is done, others are retried")
+    add("cmd", metavar="-- CMD", help="exit status 0 is done, others are retried")
+    add("arguments", nargs=argparse.REMAINDER, help="of the command")
     add = command(_command_requeue, "make failed, corrupt or done tasks pending again")
     add("ids", nargs="+", metavar="ID")
     add = command(_command_cancel, "drop pending or scheduled tasks")
@@ -2290,8 +2319,8 @@ def _seconds(text: str) -> float:
     """Seconds in "30s", "10m", "2h" or "7d"."""
     unit = {"s": 1, "m": 60, "h": 3600, "d": 86400}.get(text[-1:])
     try:
-        if unit and (number := float(text[:-1])) >= 0:
-            return number * unit
+        if unit and 0 <= (seconds := float(text[:-1]) * unit) < 1e10:
+            return seconds
     except ValueError:
         pass
     raise ValueError(f"{text!r} is no length of time; write 30s, 10m, 2h or 7d")
@@ -2398,9 +2427,9 @@ def _command_run(options: argparse.Namespace) -> int:
     import logging
     import shutil
 
-    if shutil.which(options.cmd[0]) is None:
+    if shutil.which(options.cmd) is None:
         # Not worth an attempt of each task.
-        raise ValueError(f"there is no command {options.cmd[0]!r}; for a pipeline: sh -c '...'")
+        raise ValueError(f"there is no command {options.cmd!r}; for a pipeline: sh -c '...'")
 
     class OneLine(logging.Formatter):
         def formatException(self, ei: object) -> str:
@@ -2411,8 +2440,8 @@ def _command_run(options: argparse.Namespace) -> int:
     logging.getLogger("femtoqueue").addHandler(console)
 
     def handle(task: FemtoTask) -> None:
-        if status := _run_command(options.cmd, task):
-            raise FemtoQueueError(f"{options.cmd[0]}: exit status {status}")
+        if status := _run_command([options.cmd, *options.arguments], task):
+            raise FemtoQueueError(f"{options.cmd}: exit status {status}")
 
     if not os.path.isdir(options.dir):
         _complain(f"{options.dir}: a new queue")  # or a mistyped one would go unnoticed
@@ -2451,15 +2480,22 @@ def _run_command(command: list[str], task: FemtoTask) -> int:
 
 
 def _command_requeue(options: argparse.Namespace) -> int:
-    return _for_each(options.ids, _open_existing(options).requeue, "failed, corrupt or done")
+    queue = _open_existing(options)
+    return _for_each(options.ids, queue, queue.requeue, "failed, corrupt or done")
 
 
 def _command_cancel(options: argparse.Namespace) -> int:
-    return _for_each(options.ids, _open_existing(options).cancel, "pending or scheduled")
+    queue = _open_existing(options)
+    return _for_each(options.ids, queue, queue.cancel, "pending or scheduled")
 
 
-def _for_each(ids: list[str], call: Callable[[str], bool], wanted: str) -> int:
-    return max([0 if call(id) else _complain(f"{id} is not {wanted}") for id in ids])
+def _for_each(ids: list[str], queue: FemtoQueue, call: Callable[[str], bool], wanted: str) -> int:
+    status = 0
+    for id in ids:
+        if not call(id):
+            state = queue.status(id)
+            status = _complain(f"{id} is {state}, not {wanted}" if state else f"there is no task {id}")
+    return status
 
 
 def _command_purge(options: argparse.Namespace) -> int:

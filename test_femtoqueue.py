@@ -6742,7 +6742,7 @@ def test_cli_cancel_and_requeue(directory: Path, shell: Shell) -> None:
     assert shell("cancel", ids[0]) == []
     complaint = shell("cancel", ids[0], ids[1], "../x", status=1)[-1]
     assert complaint == "".join(
-        f"femtoqueue: {id} is not pending or scheduled\n" for id in (ids[0], "../x")
+        f"femtoqueue: there is no task {id}\n" for id in (ids[0], "../x")
     )
     q.fail(q.pop())
     assert shell("requeue", ids[2]) == []
