@@ -80,6 +80,7 @@ __version__ = "1.0.0"
 
 STATES = ("scheduled", "pending", "in_progress", "done", "failed", "corrupt")
 _BUCKETED = ("scheduled", "pending")
+_UNFINISHED = ("scheduled", "pending", "in_progress")
 _FINISHED = ("done", "failed", "corrupt")
 
 _MAX_US = 10**16  # times have 16 digits
@@ -95,6 +96,7 @@ _SWEEP_US = 60_000_000  # between sweeps
 _LINGER_US = 2_000_000  # how long an empty directory is kept that somebody may be about to use
 _ORPHAN_US = 86_400_000_000  # how long the remains of an owner are kept who cannot be judged
 _POLL_S = 0.009  # how long a call that waits sleeps at a time
+_ROUNDS = 4  # how often a call tries again; each needs another worker to have come in between
 _CHUNK = 1 << 20  # a larger payload is not kept in memory
 _SMALL = 4_096  # read at once; more costs a page fault each time, asking for the size a system call
 _WRITE_FLAGS = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
@@ -152,7 +154,7 @@ class FemtoTask:
         """
         if self._data is not None:
             return self._data
-        for _ in range(3):
+        for _ in range(_ROUNDS):
             try:
                 with open(self.path, "rb") as file:
                     file.seek(self._begin)
@@ -256,7 +258,8 @@ class FemtoQueue:
         self._misses = 0  # rises when another worker was quicker, falls with each claim
         self._has_company = False  # of other processes that claim tasks
         self._has_hosts = False  # other machines or containers among them
-        self._unsure: set[str] = set()  # claims whose rename failed, as far as we were told
+        # Claims that may exist though pop() did not return them: an error came, or an answer was lost.
+        self._unsure: set[str] = set()
         self._passed_over: set[str] = set()  # paths that could not be read or moved, lately
         self._claimed_at_us = self._look_at_us = self._sweep_at_us = 0
         self._own_dir_lock = _thread.RLock()
@@ -321,6 +324,7 @@ class FemtoQueue:
         return _clocks.setdefault((self._root, offset_us), _Clock(offset_us))
 
     def _share_offset(self, path: str, offset_us: int) -> int:
+        """Offer it to the other processes of this boot; return theirs if one was first."""
         draft = self._creating + "%016d" % _wall_us()
         self._write(draft, (f"{offset_us}\n".encode(),))
         try:
@@ -378,7 +382,8 @@ class FemtoQueue:
         """Push all `items`, in order, and return their ids.
 
         With `sync_after_write` the whole batch becomes durable together, at a fraction of the price.
-        If this raises, those that were pushed are the first ones of `items`, perhaps none.
+        If this raises, such as TypeError for an item or `queue.Full`, those that were pushed are the
+        first ones of `items`, perhaps none.
         """
         if isinstance(items, (bytes, bytearray, memoryview, str)):
             raise TypeError("items: expected several payloads, got one; use push()")
@@ -430,7 +435,7 @@ class FemtoQueue:
 
         `move` takes the file itself: it is renamed where it lies on the same filesystem as the queue,
         copied and then deleted elsewhere. Until this returns, it is where it was, or it is a task.
-        Raises ValueError if `path` is not a regular file.
+        Raises ValueError if `path` is not a regular file, and `queue.Full` like `push`.
         """
         self._check_open()
         source = _path("path", path)
@@ -560,9 +565,9 @@ class FemtoQueue:
     def _put_into_bucket(
         self, source: str, state: str, time_us: int, name: str, back: bool = False
     ) -> _Bucket | None:
-        """Rename `source` into a bucket of `state`; None if it is gone."""
+        """Rename `source` into a bucket of `state`; None if another worker took it meanwhile."""
         bucket = self._take_bucket(state, time_us, back)
-        for _ in range(4):
+        for _ in range(_ROUNDS):
             target = f"{bucket.path}/{name}"
             try:
                 if self.sync_after_write:
@@ -915,7 +920,8 @@ class FemtoQueue:
     def done(self, task: FemtoTask) -> None:
         """Finish `task`: to done/, or deleted if `keep_done` is off. It is never delivered again.
 
-        Raises NotInProgress if the claim was lost.
+        Raises NotInProgress if the claim was lost, and ValueError for a task of another queue. After an
+        OSError, the same call can be made again.
         """
         self._finish(task, "done", self.keep_done)
 
@@ -1001,7 +1007,7 @@ class FemtoQueue:
 
     def _move_claim(self, task: FemtoTask, target: str | None, again: bool = False) -> None:
         """Rename a claim to `target`, or delete it, whatever it is called by now."""
-        for _ in range(4):
+        for _ in range(_ROUNDS):
             if _rename(task.path, target) if target else _unlink(task.path):
                 return
             try:
@@ -1348,7 +1354,7 @@ class FemtoQueue:
         _check_timeout(timeout)
         end_s = None if timeout is None else time.monotonic() + timeout
         # Twice, since a task can move back from in_progress/ behind the reader.
-        unfinished = STATES[:3] * 2
+        unfinished = _UNFINISHED * 2
         while any(_parse(name) for state in unfinished for name, _ in self._files(state)):
             left_s = _POLL_S if end_s is None else end_s - time.monotonic()
             if left_s <= 0:
@@ -1411,7 +1417,7 @@ class FemtoQueue:
         The handler may finish the task itself; what it returns is ignored, but a coroutine or generator
         raises TypeError: it would never run. `until_empty` ends the loop
         when nothing is pending or due, instead of waiting for more. Returns how many tasks were handled
-        without an exception, and in time.
+        without an exception, and without losing the lease.
         """
         if not callable(handler):
             raise TypeError(f"handler: expected a callable, got {type(handler).__name__}")
@@ -1652,10 +1658,10 @@ class _Listing:
 
     def __init__(self, directory: str, horizon_us: int | None = None) -> None:
         self.begun_s = time.time()
-        self.hides = False
-        self.skipped = False
-        self.empty: list[str] = []
-        self.directories = [directory]
+        self.hides = False  # something stamped after the horizon
+        self.skipped = False  # something was left to the next listing
+        self.empty: list[str] = []  # buckets
+        self.directories = [directory]  # read so far
         self._end = "~" if horizon_us is None else "%016d~" % horizon_us
         self._lock = _thread.RLock()
         # All of these in descending order, so that the next one is the last.
@@ -1780,6 +1786,7 @@ def _list(directory: str, errors: list[OSError] | None = None) -> list[os.DirEnt
 def _names(directory: str, errors: list[OSError] | None = None) -> list[str]:
     """The regular files in a directory that may vanish at any time."""
     try:
+        # Not _is_file: the call would be a third of what listing a large directory costs.
         return [entry.name for entry in _list(directory) if entry.is_file(follow_symlinks=False)]
     except OSError as error:
         if not _is_gone(error, directory):
@@ -1838,7 +1845,7 @@ def _remove_directory(path: str) -> None:
 
 def _sync(*directories: str) -> None:
     """Make what was created in, renamed into or out of these directories survive a power cut."""
-    if os.name == "nt" or sys.platform == "win32":
+    if os.name == "nt" or sys.platform == "win32":  # the second one is what type checkers know
         return  # a directory cannot be opened there
     for directory in directories:
         try:
@@ -1980,7 +1987,7 @@ def _read_text(path: str) -> str | None:
 
 
 def _read_link(path: str) -> str:
-    """What a link of /proc says, or nothing; errors as above."""
+    """What a link of /proc says, or nothing; other errors are raised here, too."""
     try:
         return os.readlink(path)
     except (FileNotFoundError, NotADirectoryError, PermissionError, AttributeError):
@@ -2063,7 +2070,8 @@ def _bring_back_soon(root: str) -> None:
 
 def _objects_on(root: str) -> list[FemtoQueue]:
     """This process's objects on one directory, as far as they are of this copy of the file."""
-    objects = list(_owners.values())
+    # At once: values() fails when another thread makes an object meanwhile.
+    objects = [reference() for reference in _owners.valuerefs()]
     return [queue for queue in objects if isinstance(queue, FemtoQueue) and queue._root == root]
 
 
