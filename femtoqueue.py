@@ -812,12 +812,16 @@ class FemtoQueue:
             if self.max_attempts is not None and used >= self.max_attempts:
                 self._fail_unclaimed(source, id)
                 return None
+            if self._misses and not os.access(source, os.F_OK):  # a quarter of a rename that fails
+                self._note_miss(claim)
+                return None
             durable = not self.sync_after_write or self._own_dir_is_durable
             claimed = durable and _rename(source, path)
             if not claimed and _exists(source):  # so it is our own directory that is not there
                 self._make_own_directory()
                 claimed = _rename(source, path)
             if not claimed:
+                self._unsure.add(claim)  # it may be done all the same, and the answer lost on a network
                 self._note_miss(claim)
                 return None
             self._check_open()  # close() gives back what it sees, and this may have come after it
@@ -856,8 +860,6 @@ class FemtoQueue:
 
     def _note_miss(self, claim: str) -> None:
         """Another worker was quicker: skip names if that is likely to happen again."""
-        # The rename may have been done all the same, and its answer lost on a network.
-        self._unsure.add(claim)
         self._misses = min(self._misses + 1, 4)
         if self._misses == 1:
             return  # one stale name is no contention yet
@@ -975,7 +977,7 @@ class FemtoQueue:
             raise TypeError(f"task: expected what pop() returned, got {type(task).__name__}")
         if task._finished:
             raise NotInProgress(f"{task.id} was finished already")
-        if not task.path.startswith(self._dirs["in_progress"]):  # mounted elsewhere, or not our task
+        if not task.path.startswith(f"{self._dirs['in_progress']}/"):  # mounted elsewhere, or not our task
             try:
                 task.path = self._locate(task)
             except NotInProgress:
@@ -1708,10 +1710,11 @@ class _Listing:
         cut = 0 if self._hand and self._hand[0][0] < next_bucket else len(self._hand)
         while cut and self._hand[cut - 1][0] < next_bucket:  # nothing in there is older
             cut -= 1
-        # Other threads take from it at once, and may leave nothing of it for us to see.
-        self._final = final = self._hand[cut:]
+        final = self._hand[cut:]
         del self._hand[cut:]
-        return bool(final)
+        found = bool(final)
+        self._final = final  # other threads take from it at once, and may leave nothing of it
+        return found
 
     def _take_up(self, names: list[str], directory: str) -> None:
         """Add the tasks of a directory to those in hand."""

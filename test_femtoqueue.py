@@ -17,6 +17,8 @@ promise                                tests that hold it
                                        test_not_in_progress_once_finished_or_lost,
                                        test_cancel_drops_a_waiting_task, test_never_none_while_due,
                                        test_never_none_while_threads_make_their_directory,
+                                       test_never_none_while_threads_empty_what_was_listed,
+                                       test_touch_of_a_finished_task,
                                        test_done_that_raised_can_be_made_again,
                                        TestAnswersThatAreLost, TestWhatListingsShow
  3 first in, first out                 TestModel, test_wall_clock_steps_reorder_nothing,
@@ -24,11 +26,13 @@ promise                                tests that hold it
                                        test_order_survives_a_reboot, test_order_while_time_is_frozen,
                                        test_what_comes_back_has_its_old_place,
                                        test_a_pop_that_raised_does_not_change_the_order,
+                                       test_a_passing_fault_changes_nothing,
                                        test_opening_after_a_boot_among_what_others_hide,
                                        test_scheduled_tasks_come_after_what_was_pending
    a live worker keeps its task        test_live_owner_within_its_lease, test_hidepid, test_foreign_proc,
                                        test_another_pid_namespace, test_unreadable_proc,
-                                       test_two_copies_of_the_module, test_no_false_identity,
+                                       test_two_copies_of_the_module,
+                                       test_two_interpreters_in_one_process, test_no_false_identity,
                                        test_my_node_id_where_the_boot_cannot_be_told,
                                        test_what_was_claimed_at_the_second_try_is_not_taken_back
    a dead or hung one's comes back     test_killed, test_zombie, test_pid_reused, test_dropped_object,
@@ -42,23 +46,30 @@ promise                                tests that hold it
  5 so does a power cut                 test_power_cut_after_every_operation,
                                        test_cancel_and_requeue_can_be_made_again,
                                        test_done_in_a_thread_is_durable_by_itself,
-                                       test_done_waits_for_what_another_thread_syncs
+                                       test_done_waits_for_what_another_thread_syncs,
+                                       test_a_directory_made_again_is_synced_again,
+                                       test_a_directory_made_again_is_synced_before_other_threads_claim,
+                                       test_what_could_not_be_synced_is_synced_later
  6 a broken payload is not delivered   test_broken_payload, test_torn_original,
                                        test_killed_before_every_filesystem_call
  7 a call that raises changed          test_failing_at_every_filesystem_call,
    nothing, and can be made again      test_failing_from_a_filesystem_call_on, test_bad_arguments,
+                                       test_a_task_of_another_queue, test_a_data_dir_that_is_no_directory,
+                                       test_a_handler_that_has_not_run,
                                        test_a_task_that_cannot_be_had_holds_up_no_other,
+                                       test_what_fails_once_beside_what_always_does,
                                        test_a_push_whose_file_was_deleted, test_errors_of_the_filesystem,
                                        test_an_error_tells_its_path, test_while_the_directory_is_away,
                                        test_very_many_that_cannot_be_moved_hold_up_no_other,
                                        test_opening_after_a_boot_as_another_user,
                                        test_maxsize_among_what_others_hide,
                                        test_data_while_the_lease_is_renewed
- 8 many threads, and fork              test_threads, test_fork, test_a_forked_child_finishes,
-                                       test_multiprocessing,
+ 8 many threads, and fork              test_threads, test_two_threads_make_one_bucket, test_fork,
+                                       test_a_forked_child_finishes, test_multiprocessing,
                                        test_a_signal_handler_may_use_the_object_that_it_interrupts
  9 no thread, no signal handler, no    test_no_thread_no_signal_handler_no_open_file,
    open file, unless run is used       test_run_leaves_no_thread_and_no_reference_behind,
+                                       test_a_call_that_raised_keeps_nothing_alive,
                                        test_run_restores_the_signal_handlers_before_it,
                                        test_a_process_that_the_handler_forks_ends_by_a_signal
 10 costs do not grow                   test_what_a_task_costs_does_not_grow, test_a_backlog_costs_nothing,
@@ -1728,6 +1739,41 @@ for _ in range(2):
     assert run(code, directory, how) == expected * 2
 
 
+def interpreters() -> types.ModuleType:
+    """What makes another interpreter in this process; no Python until 3.14 has a public name for it."""
+    for name in ("_interpreters", "_xxsubinterpreters"):
+        if importlib.util.find_spec(name):
+            return importlib.import_module(name)
+    pytest.skip("this Python has one interpreter")
+
+
+def test_two_interpreters_in_one_process(directory: Path) -> None:
+    """Objects in two interpreters of one process are alive to each other: neither takes what is held."""
+    code = """
+import importlib
+interpreters = importlib.import_module(sys.argv[2])
+other = interpreters.create()
+def there(code):
+    interpreters.run_string(other, code)
+queue = FemtoQueue(sys.argv[1], "node")
+queue.push_many([b"1", b"2", b"3"])
+tasks = [queue.pop()]
+there(f"import sys; sys.path[:0] = {sys.path!r}; from femtoqueue import FemtoQueue")
+there(f"queue = FemtoQueue({sys.argv[1]!r}, 'node')")
+there("tasks = [queue.pop(), queue.pop()]; print([task.data for task in tasks], queue.pop(), flush=True)")
+print([task.data for task in tasks], queue.pop(), flush=True)
+there("queue.done(tasks[0]); queue.retry(tasks[1])")
+tasks.append(queue.pop())
+there("print(queue.pop(), flush=True)")
+for task in tasks:
+    queue.done(task)
+print(queue.counts()["done"], queue.pop())
+"""
+    assert run(code, directory, interpreters().__name__).splitlines() == [
+        *("[b'2', b'3'] None", "[b'1'] None", "None", "3 None"),
+    ]
+
+
 # --- same boot and PID namespace ----------------------------------------------------------------------
 
 
@@ -2188,6 +2234,9 @@ NAN = float("nan")
         *(("max_attempts", value, ValueError) for value in (0, -1)),
         *(("maxsize", value, TypeError) for value in ("5", 1.5, None, True)),
         ("maxsize", -1, ValueError),
+        *(("sync_after_write", value, TypeError) for value in ("no", "", None, 1.0, [])),
+        *(("keep_done", value, TypeError) for value in ("false", None, b"")),
+        *(("keep_failed", value, TypeError) for value in ("0", None, ())),
     ],
 )
 def test_bad_constructor_arguments(
@@ -2204,6 +2253,26 @@ def test_a_directory_that_cannot_be_is_an_os_error(tmp_path: Path) -> None:
     """Where no directory can be made, although the one above it is there, the error says so."""
     with pytest.raises(OSError, match="/proc/femtoqueue"):
         FemtoQueue("/proc/femtoqueue", "node")
+
+
+@pytest.mark.parametrize("below", [False, True], ids=["itself", "below"])
+@pytest.mark.parametrize("kind", ["file", "dangling link", "link loop"])
+def test_a_data_dir_that_is_no_directory(tmp_path: Path, kind: str, below: bool) -> None:
+    """Where a file, or a link that leads nowhere, is in the way, the OSError names it; nothing is made."""
+    path = tmp_path / "queue"
+    if kind == "file":
+        put(path)
+    else:
+        path.symlink_to("nowhere" if kind == "dangling link" else "queue")
+    before = snapshot(tmp_path, times=True)
+    with pytest.raises(OSError) as caught:
+        FemtoQueue(path / "deep" / "er" if below else path, "node")
+    if below:
+        assert caught.value.filename.startswith(str(path))
+        assert not isinstance(caught.value, FileExistsError)
+    else:
+        assert (type(caught.value), caught.value.filename) == (NotADirectoryError, str(path))
+    assert snapshot(tmp_path, times=True) == before
 
 
 # --- push, push_many ----------------------------------------------------------------------------------
@@ -2362,6 +2431,36 @@ def test_maxsize_among_what_others_hide(directory: Path, refuse: Refusal) -> Non
     refuse("list", hidden.name, errno.EIO)
     with pytest.raises(OSError, match=hidden.name):  # which is no reason to go beyond the limit
         q.push(b"x")
+
+
+@pytest.mark.parametrize("how", ["due", "retried", "retried through another", "requeued", "abandoned"])
+def test_maxsize_counts_what_comes_back(directory: Path, clock: Time, how: str) -> None:
+    """Tasks that fall due or come back take up room, though the producer counted before them."""
+    q = FemtoQueue(directory, "node", maxsize=10)
+    other = FemtoQueue(directory, "other", 1_000)
+    if how == "due":
+        for _ in range(12):
+            q.schedule(b"later", NOW_US)
+    else:
+        other.push_many([b"earlier"] * 12)
+        claims = [other.pop() for _ in range(12)]
+        if how == "requeued":
+            for claim in claims:
+                other.fail(claim)
+    q.push(b"x")  # from here on, it has room for some, and need not count
+    for claim in claims if how.startswith("retried") else ():
+        (q if how == "retried" else other).retry(claim)
+    for id in list(q.ids("failed")):
+        q.requeue(id)
+    clock.advance(1.1)
+    assert q.pop()
+    for pending in (12, 10):
+        with pytest.raises(queues.Full):
+            while True:
+                q.push(b"y")
+        assert q.counts()["pending"] == pending
+        for _ in range(3):
+            assert q.pop()
 
 
 # --- push_file ----------------------------------------------------------------------------------------
@@ -2601,6 +2700,34 @@ def test_never_none_while_others_skip(
     assert task and task.data == b"c"
 
 
+def test_never_none_while_threads_empty_what_was_listed(
+    directory: Path, clock: Time, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """pop never returns None for another thread that took all the names just found in a bucket."""
+    queue = FemtoQueue(directory, "a")
+    queue.push(b"1")
+    clock.advance(2_000)
+    queue.push(b"2")  # in another bucket
+    found: list[FemtoTask | None] = []
+    thread = threading.Thread(target=lambda: found.append(queue.pop()))
+
+    class Final:
+        """The attribute of that name; when it gets a name at last, another thread is quicker."""
+
+        def __get__(self, listing: Any, owner: type) -> list[tuple[str, str]]:
+            return listing.__dict__["_final"]
+
+        def __set__(self, listing: Any, final: list[tuple[str, str]]) -> None:
+            listing.__dict__["_final"] = final
+            if final and not thread.ident:
+                thread.start()
+                thread.join()
+
+    monkeypatch.setattr(femtoqueue._Listing, "_final", Final(), raising=False)
+    found.append(queue.pop())
+    assert [task and task.data for task in found] == [b"1", b"2"]
+
+
 def test_never_none_while_threads_make_their_directory(
     directory: Path, queue: FemtoQueue, clock: Time, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -2747,6 +2874,49 @@ def test_not_in_progress_once_finished_or_lost(directory: Path, clock: Time) -> 
         with pytest.raises(NotInProgress):
             call(second)
     assert queue.counts() == {**dict.fromkeys(femtoqueue.STATES, 0), "done": 1}
+
+
+@pytest.mark.parametrize("keep", [True, False], ids=["keep", "delete"])
+@pytest.mark.parametrize("call", [*VERDICTS, "touch"])
+def test_a_task_of_another_queue(directory: Path, clock: Time, call: str, keep: bool) -> None:
+    """Finishing or touching what was popped from another directory is a ValueError, and changes none."""
+    mine = FemtoQueue(directory, "node", keep_done=keep, keep_failed=keep)
+    theirs = FemtoQueue(directory.with_name("other"), "node")
+    for queue in (mine, theirs):
+        queue.push(b"x")
+    held, task = mine.pop(), theirs.pop()
+    before = snapshot(directory.parent, times=True)
+    for _ in range(2):
+        with pytest.raises(ValueError, match=f"task: {re.escape(task.id)} is of another queue"):
+            VERDICTS.get(call, FemtoQueue.touch)(mine, task)
+        assert snapshot(directory.parent, times=True) == before
+    mine.done(held)
+    theirs.done(task)
+
+
+@pytest.mark.parametrize("how", ["popped by way of a link", "finished by way of a link", "moved"])
+@pytest.mark.parametrize("call", [*VERDICTS, "touch"])
+def test_a_task_of_the_same_queue_under_another_path(directory: Path, call: str, how: str) -> None:
+    """A directory that has another name, or two, is one queue: what was popped from it is finished."""
+    directory.mkdir()
+    link = directory.with_name("link")
+    link.symlink_to(directory)
+    queue = FemtoQueue(link if how.startswith("popped") else directory, "node")
+    id = queue.push(b"x")
+    task = queue.pop()
+    assert task
+    if how == "moved":
+        link.unlink()
+        directory.rename(link)
+    place = directory if how.startswith("popped") else link
+    other = FemtoQueue(place, "other")
+    VERDICTS.get(call, FemtoQueue.touch)(other, task)
+    kept = ["done", "failed", "pending", "scheduled", "in_progress"]
+    assert other.status(id) == dict(zip([*VERDICTS, "touch"], kept, strict=True))[call]
+    if call == "touch":
+        other.done(task)
+    with pytest.raises(NotInProgress):
+        other.done(task)
 
 
 @durable_or_not
@@ -2932,6 +3102,19 @@ def test_touch_begins_a_new_lease(directory: Path, clock: Time) -> None:
         queue.touch(task)
 
 
+@pytest.mark.parametrize("verdict", VERDICTS)
+def test_touch_of_a_finished_task(directory: Path, clock: Time, verdict: str) -> None:
+    """Who touches a task that he finished is told just that, and not that its lease may have run out."""
+    q = FemtoQueue(directory, "node")
+    q.push(b"x")
+    task = q.pop()
+    VERDICTS[verdict](q, task)
+    before = snapshot(directory, times=True)
+    with pytest.raises(NotInProgress, match=f"^{re.escape(task.id)} was finished already$"):
+        q.touch(task)
+    assert snapshot(directory, times=True) == before
+
+
 # --- run ----------------------------------------------------------------------------------------------
 
 
@@ -2943,6 +3126,49 @@ def test_run_finishes_what_the_handler_returns_from(directory: Path) -> None:
     assert q.run(lambda task: handled.append(task.id) or False, until_empty=True) == 3
     assert handled == ids == list(q.ids("done"))
     assert q.run(print, until_empty=True) == 0
+
+
+async def coroutine(task: FemtoTask) -> None:
+    """Never runs, if nobody awaits it."""
+
+
+def generator(task: FemtoTask) -> Iterator[FemtoTask]:
+    yield task
+
+
+async def async_generator(task: FemtoTask) -> Any:
+    yield task
+
+
+@pytest.mark.parametrize("handler", [coroutine, generator, async_generator])
+def test_a_handler_that_has_not_run(directory: Path, handler: Callable[[FemtoTask], Any]) -> None:
+    """A handler that only returns what somebody else must run is a TypeError, and the task comes back."""
+    q = FemtoQueue(directory, "node", max_attempts=1)
+    id = q.push(b"x")
+    made: list[Any] = []
+
+    def handle(task: FemtoTask) -> object:
+        made.append(handler(task))
+        return made[0]
+
+    with pytest.raises(TypeError, match=r"^handler: .*asyncio\.run\(handler\(task\)\)"):
+        q.run(handle, until_empty=True)
+    if handler is not async_generator:
+        made[0].close()  # or Python warns that it was never awaited
+    assert (q.status(id), len(made)) == ("pending", 1)
+
+
+@pytest.mark.parametrize(
+    "result",
+    [False, 0, "failed", [1], iter([1]), map(str, [1]), Exception("no"), coroutine, type],
+    ids=lambda result: type(result).__name__,
+)
+def test_what_a_handler_returns_is_ignored(directory: Path, result: object) -> None:
+    """Whatever else a handler returns, even if that is false or an exception, the task is done."""
+    q = FemtoQueue(directory, "node")
+    id = q.push(b"x")
+    assert q.run(lambda task: result, until_empty=True) == 1
+    assert q.status(id) == "done"
 
 
 def test_run_logs_and_retries_what_the_handler_raises_from(
@@ -5162,6 +5388,107 @@ def test_power_cut_after_every_operation(
     figure("power cuts", operations=len(disk.log), images=images, of_which_reopened=reopened)
 
 
+@contextmanager
+def watched() -> Iterator[list[tuple[str, str]]]:
+    """What happens meanwhile: ("fsync" or "mkdir" or "rename", the path that it is about)."""
+    log: list[tuple[str, str]] = []
+
+    def note(name: str, *arguments: Any, **options: Any) -> Any:
+        result = REAL[name](*arguments, **options)
+        if name in ("fsync", "mkdir", "rename"):
+            log.append((name, synced_path(arguments[0]) if name == "fsync" else arguments[-1]))
+        return result
+
+    with Steps(1, note, once=False):
+        yield log
+
+
+def test_a_directory_made_again_is_synced_again(directory: Path, clock: Time) -> None:
+    """A durable worker that was idle makes its directory anew, and syncs that before a claim lies in it."""
+    queue = FemtoQueue(directory, "a", sync_after_write=True)
+    for _ in range(2):
+        queue.push(b"x")
+        with watched() as log:
+            task = queue.pop()
+        assert task
+        own = os.path.dirname(task.path)
+        assert [call for call in log if "in_progress" in call[1]] == [
+            *(("mkdir", own), ("fsync", str(directory / "in_progress")), ("rename", task.path)),
+        ]
+        queue.done(task)
+        clock.advance(10)
+        assert queue.pop() is None
+        assert not os.path.exists(own), "the sweep removes it"
+
+
+def test_a_directory_made_again_is_synced_before_other_threads_claim(
+    directory: Path, clock: Time, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No thread of a durable worker claims into its directory while another one is yet to sync it."""
+    queue = FemtoQueue(directory, "a", sync_after_write=True)
+    queue.push(b"0")
+    queue.done(queue.pop())
+    clock.advance(10)
+    assert queue.pop() is None  # and its directory is removed
+    queue.push_many([b"1", b"2"])
+    begun, returned = threading.Event(), threading.Event()
+    events: list[str] = []
+    real = os.fsync
+
+    def sync_slowly(descriptor: int) -> None:
+        if threading.current_thread() is slow and synced_path(descriptor).endswith("/in_progress"):
+            begun.set()
+            returned.wait(0.5)  # in vain, unless pop returns too early
+            events.append("synced")
+        real(descriptor)
+
+    slow = threading.Thread(target=queue.pop)
+    monkeypatch.setattr(os, "fsync", sync_slowly)
+    slow.start()
+    assert begun.wait(10)
+    assert queue.pop()
+    events.append("returned")
+    returned.set()
+    slow.join()
+    assert events == ["synced", "returned"]
+
+
+@pytest.mark.parametrize("call", ["pop", "done"])
+def test_what_could_not_be_synced_is_synced_later(
+    directory: Path, clock: Time, monkeypatch: pytest.MonkeyPatch, unlogged: None, call: str
+) -> None:
+    """A task's way back whose fsync failed is synced by the next call that works: pop, or any done."""
+    queue = FemtoQueue(directory, "a", sync_after_write=True)
+    other = FemtoQueue(directory, "b", 1_000, sync_after_write=True)
+    other.push_many([b"1", b"2"])
+    lost = other.pop()
+    held = queue.pop()
+    assert lost and held
+    clock.advance(1.1)
+    abandoned = os.path.dirname(lost.path)
+    real = os.fsync
+
+    def sync(descriptor: int) -> None:
+        if synced_path(descriptor) == abandoned:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        real(descriptor)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", sync)
+        with pytest.raises(OSError, match=re.escape(abandoned)):
+            queue.pop()
+    assert queue.status(lost.id) == "pending"
+    with watched() as log:
+        if call == "pop":
+            clock.advance(1.1)
+            assert queue.pop()
+        else:
+            queue.done(held)
+    assert ("fsync", abandoned) in log
+    [bucket] = [path.parent for path in directory.glob(f"pending/*/{lost.id}*")] or [None]
+    assert bucket is None or ("fsync", str(bucket)) in log
+
+
 # --- 6: a payload that does not match its checksum ----------------------------------------------------
 
 
@@ -5596,6 +5923,75 @@ def test_a_task_that_cannot_be_had_holds_up_no_other(
     assert task.attempt == (2 if place in ("claim", "owner") else 1)
 
 
+def fail_once(monkeypatch: pytest.MonkeyPatch, name: str, part: str) -> list[str]:
+    """Let the next os.<name> of a path with `part` in it raise EIO; the list tells when it did."""
+    real = getattr(os, name)
+    failed: list[str] = []
+
+    def call(path: str, *rest: Any) -> Any:
+        if part in path and not failed:
+            failed.append(path)
+            raise OSError(errno.EIO, os.strerror(errno.EIO), path)
+        return real(path, *rest)
+
+    monkeypatch.setattr(os, name, call)
+    return failed
+
+
+@pytest.mark.parametrize("at", [0, 1])
+@pytest.mark.parametrize("name", ["open", "rename", "scandir"])
+def test_a_passing_fault_changes_nothing(
+    directory: Path,
+    clock: Time,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    name: str,
+    at: int,
+) -> None:
+    """What fails once is had at the second try, within the same pop: in order, and no word is said."""
+    queue = FemtoQueue(directory, "a")
+    ids = []
+    for payload in (b"1", b"2", b"3"):
+        ids.append(queue.push(payload))
+        clock.advance(2_000)  # each in a bucket of its own
+    tasks = [queue.pop() for _ in range(at)]
+    part = f"/pending/{ids[at][:7]}" if name == "scandir" else ids[at]
+    failed = fail_once(monkeypatch, name, part)
+    tasks += [queue.pop() for _ in range(3 - at)]
+    assert failed and caplog.messages == []
+    assert [task and (task.id, task.attempt) for task in tasks] == [(id, 1) for id in ids]
+    assert queue.pop() is None
+
+
+@pytest.mark.parametrize("busy", [True, False], ids=["other work", "nothing else"])
+def test_what_fails_once_beside_what_always_does(
+    directory: Path, clock: Time, refuse: Refusal, monkeypatch: pytest.MonkeyPatch, busy: bool
+) -> None:
+    """A task that fails once while another one always does is passed over, but no more than a minute."""
+    queue = FemtoQueue(directory, "a")
+    stuck, once, first = queue.push_many([b"stuck", b"once", b"first"])
+    refuse("open", stuck, errno.EIO)
+    failed = fail_once(monkeypatch, "open", once)
+    task = queue.pop()
+    assert task and task.id == first and failed
+    queue.done(task)
+    delivered = []
+    for _ in range(130 if busy else 1):
+        if busy:
+            queue.push(b"other")
+        task = queue.pop()
+        assert task
+        delivered.append((task.data, task.attempt))
+        queue.done(task)
+        clock.advance(0.5)
+    assert delivered.count((b"once", 1)) == 1
+    at_s = delivered.index((b"once", 1)) * 0.5
+    assert 55 <= at_s <= 61 if busy else at_s == 0
+    if not busy:
+        with pytest.raises(OSError, match=stuck):
+            queue.pop()
+
+
 @pytest.mark.parametrize(
     "how",
     [
@@ -5813,9 +6209,62 @@ def test_threads(directory: Path) -> None:
     assert queue.counts()["done"] == 1_200
 
 
+def test_an_object_is_made_while_all_are_told(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A retry tells all objects of this process, also while another thread makes one more."""
+    queue = FemtoQueue(directory, "a")
+    queue.push(b"1")
+    made = []
+
+    class Meanwhile:
+        def __call__(self) -> None:
+            made.append(FemtoQueue(directory, "b"))
+
+    monkeypatch.setitem(femtoqueue._owners.data, "meanwhile", Meanwhile())
+    task = queue.pop()
+    assert task
+    queue.retry(task)
+    assert made and (again := queue.pop()) and again.attempt == 2
+
+
 def synced_path(descriptor: int) -> str:
     """What an fsync of this descriptor is about."""
     return os.readlink(f"/proc/self/fd/{descriptor}")
+
+
+@durable_or_not
+@pytest.mark.parametrize("moment", ["before", "after"])
+def test_two_threads_make_one_bucket(
+    directory: Path, clock: Time, monkeypatch: pytest.MonkeyPatch, moment: str, durable: bool
+) -> None:
+    """Two threads that push while there is no bucket yet, one in the midst of making it, share it."""
+    queue = FemtoQueue(directory, "a", sync_after_write=durable)
+    if durable:
+        queue.push(b"0")  # a durable producer has a bucket to himself from his second task on
+    begun, over = threading.Event(), threading.Event()
+    pushed: list[str] = []
+    real = os.mkdir
+
+    def make_slowly(path: str, *mode: int) -> None:
+        if threading.current_thread() is not slow:
+            return real(path, *mode)
+        if moment == "after":
+            real(path, *mode)
+        begun.set()
+        assert over.wait(10)
+        return real(path, *mode) if moment == "before" else None
+
+    slow = threading.Thread(target=lambda: pushed.append(queue.push(b"1")))
+    monkeypatch.setattr(os, "mkdir", make_slowly)
+    slow.start()
+    assert begun.wait(10)
+    try:
+        pushed.append(queue.push(b"2"))
+    finally:
+        over.set()
+        slow.join()
+    assert len(pushed) == 2, "none raised"
+    assert len({path.parent for id in pushed for path in directory.glob(f"pending/*/{id}")}) == 1
+    assert drained(queue) == [b"0", b"1", b"2"][not durable :]
 
 
 def test_done_in_a_thread_is_durable_by_itself(
@@ -6124,6 +6573,50 @@ def test_run_leaves_no_thread_and_no_reference_behind(directory: Path, unlogged:
     finally:
         gc.enable()
     assert FemtoQueue(directory, "other").pop().id == held.id
+
+
+@pytest.mark.parametrize(
+    ("call", "place", "error"),
+    [
+        ("push", "nothing", queues.Full),
+        ("push", "hidden bucket", queues.Full),
+        ("push", "bad bucket", OSError),
+        ("pop", "task", OSError),
+        ("pop", "bad bucket", OSError),
+        ("pop", "owner", OSError),
+    ],
+)
+def test_a_call_that_raised_keeps_nothing_alive(
+    directory: Path, refuse: Refusal, unlogged: None, call: str, place: str, error: type[Exception]
+) -> None:
+    """The last reference dropped, the object is gone at once, though one of its calls raised."""
+    q = FemtoQueue(directory, "node", maxsize=1)
+    stuck = put(directory / "pending" / "1700000000000000" / OLD_ID.partition(".")[0])
+    put(directory / "in_progress" / DEAD_OWNER / "1700000000000000_x~1~1700000000000000")
+    what, part, code = {
+        "nothing": ("list", "no such name", 0),
+        "hidden bucket": ("list", stuck.parent.name, errno.EACCES),
+        "bad bucket": ("list", f"pending/{stuck.parent.name}", errno.EIO),
+        "task": ("open", "/in_progress/", errno.EIO),
+        "owner": ("list", "/in_progress/", errno.EACCES),
+    }[place]
+    if place == "owner":
+        stuck.unlink()
+    refuse(what, part, code)
+    gone = weakref.ref(q)
+    gc.collect()
+    gc.disable()
+    try:
+        try:
+            while q.push(b"x") if call == "push" else q.pop():
+                pass
+            raise AssertionError("it did not raise")
+        except error:
+            pass
+        del q
+        assert gone() is None
+    finally:
+        gc.enable()
 
 
 def test_run_restores_the_signal_handlers_before_it(directory: Path) -> None:
@@ -6718,7 +7211,7 @@ def test_cli_schedule(directory: Path, shell: Shell, when: str, due: float) -> N
 
 
 NONSENSE = """tomorrow + +m +10 +10x +-1m +nans +infd +1e300d +1e15d 1 1790000000
-    2030-13-01 2030-01-01T25:00 Z"""
+    2030-13-01 2030-01-01T25:00 Z +inf +999999d"""
 
 
 @pytest.mark.parametrize(
@@ -6730,8 +7223,11 @@ NONSENSE = """tomorrow + +m +10 +10x +-1m +nans +infd +1e300d +1e15d 1 179000000
     ],
 )
 def test_cli_schedule_nonsense(directory: Path, shell: Shell, when: str, zone: str) -> None:
-    """A WHEN that is none is exit status 2, in every time zone, and no task."""
-    assert shell("schedule", when, stdin=b"x", status=2, TZ=zone)[-1].startswith("usage: ")
+    """A WHEN that is none is exit status 2 and one line, in every time zone, and no task."""
+    usage, *lines = shell("schedule", when, stdin=b"x", status=2, TZ=zone)[-1].splitlines()
+    assert usage.startswith("usage: ")
+    assert len(lines) == 1 and lines[0].startswith("femtoqueue: error: ")
+    assert not when.startswith("+") or f"{when[1:]!r} is no length of time" in lines[0]
     assert files(directory) == []
 
 
@@ -6741,14 +7237,26 @@ def test_cli_cancel_and_requeue(directory: Path, shell: Shell) -> None:
     ids = q.push_many([b"1", b"2", b"3"])
     assert shell("cancel", ids[0]) == []
     complaint = shell("cancel", ids[0], ids[1], "../x", status=1)[-1]
-    assert complaint == "".join(
-        f"femtoqueue: there is no task {id}\n" for id in (ids[0], "../x")
-    )
+    assert complaint == "".join(f"femtoqueue: there is no task {id}\n" for id in (ids[0], "../x"))
     q.fail(q.pop())
     assert shell("requeue", ids[2]) == []
     assert q.status(ids[2]) == "pending"
     assert ids[2] in shell("requeue", ids[2], status=1)[-1]
     assert list(q.ids("pending")) == [ids[2]]
+
+
+@pytest.mark.parametrize("command", ["cancel", "requeue"])
+def test_cli_says_why_a_task_cannot_be_had(directory: Path, shell: Shell, command: str) -> None:
+    """cancel and requeue tell in which state a task is that they leave alone, or that there is none."""
+    q = FemtoQueue(directory, "node")
+    id = q.push(b"x")
+    task = q.pop()
+    wanted = {"cancel": "pending or scheduled", "requeue": "failed, corrupt or done"}[command]
+    assert shell(command, id, "nope", status=1)[-1].splitlines() == [
+        f"femtoqueue: {id} is in_progress, not {wanted}",
+        "femtoqueue: there is no task nope",
+    ]
+    q.done(task)
 
 
 def test_cli_purge(directory: Path, shell: Shell) -> None:
@@ -6778,6 +7286,28 @@ def test_cli_run_keeps_the_double_dash_of_the_command(shell: Shell) -> None:
     """Only the first -- is ours: what follows is the command's own, options and all."""
     shell("push", stdin=b"-x\n")
     assert shell("run", "--until-empty", "--", "grep", "--", "-x") == ["-x"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "printed"),
+    [
+        (["--until-empty", "cat", "-n"], "     1\tx"),
+        (["--until-empty", "--max-attempts", "2", "sh", "-c", "cat; exit 0"], "x"),
+        (["--until-empty", "echo", "--until-empty", "-h", "--"], "--until-empty -h --"),
+        (["cat", "-n"], "     1\tx"),
+        (["--", "sh", "-c", 'cat; echo "$@"', "-", "--", "-y"], "x"),
+    ],
+    ids=["until empty", "more options", "options like ours", "for ever", "two dashes"],
+)
+def test_cli_run_takes_options_of_the_command(shell: Shell, arguments: list[str], printed: str) -> None:
+    """What follows the command is the command's own, also without --, and even if we have the like."""
+    (id,) = shell("push", stdin=b"x\n")
+    process = shell.start("run", *arguments)
+    expect(process, printed)
+    if "--until-empty" not in arguments:
+        process.terminate()
+    assert process.wait() == 0
+    assert shell("list", "done") == [id]
 
 
 def test_cli_run_takes_the_exit_status_as_the_verdict(directory: Path, shell: Shell) -> None:
