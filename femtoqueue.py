@@ -263,6 +263,7 @@ class FemtoQueue:
         self._passed_over: set[str] = set()  # paths that could not be read or moved, lately
         self._claimed_at_us = self._look_at_us = self._sweep_at_us = 0
         self._own_dir_lock = _thread.RLock()
+        self._own_dirs_made = 0
         self._own_dir_is_durable = False  # its entry is on disk
         self._unsynced: dict[str, None] = {}  # directories of renames not synced, the old side first
         self._unconfirmed: dict[tuple[str, str], tuple[str, ...]] = {}  # the same, by call and id
@@ -812,13 +813,11 @@ class FemtoQueue:
             if self.max_attempts is not None and used >= self.max_attempts:
                 self._fail_unclaimed(source, id)
                 return None
-            if self._misses and not os.access(source, os.F_OK):  # a quarter of a rename that fails
-                self._note_miss(claim)
-                return None
             durable = not self.sync_after_write or self._own_dir_is_durable
+            made = self._own_dirs_made
             claimed = durable and _rename(source, path)
-            if not claimed and _exists(source):  # so it is our own directory that is not there
-                self._make_own_directory()
+            # What is missing? To look for `source` would wait for those who rename beside it.
+            if not claimed and self._make_own_directory(made):
                 claimed = _rename(source, path)
             if not claimed:
                 self._unsure.add(claim)  # it may be done all the same, and the answer lost on a network
@@ -849,14 +848,19 @@ class FemtoQueue:
         """The file name of a claim whose lease begins now."""
         return _format(id, attempt, now_us + self._lease_us)
 
-    def _make_own_directory(self) -> None:
-        """Make what an idle worker removes."""
+    def _make_own_directory(self, made: int) -> bool:
+        """Make what an idle worker removes; False if it was there already when `made` were made."""
         with self._own_dir_lock:  # another thread must not claim before the directory is on disk
+            durable = self._own_dir_is_durable or not self.sync_after_write
+            if durable and os.path.isdir(self._own_dir):
+                return made != self._own_dirs_made
             self._own_dir_is_durable = False
             _make_directory(self._own_dir)
+            self._own_dirs_made += 1
             if self.sync_after_write:
                 _sync(self._dirs["in_progress"])
                 self._own_dir_is_durable = True
+            return True
 
     def _note_miss(self, claim: str) -> None:
         """Another worker was quicker: skip names if that is likely to happen again."""
@@ -977,7 +981,9 @@ class FemtoQueue:
             raise TypeError(f"task: expected what pop() returned, got {type(task).__name__}")
         if task._finished:
             raise NotInProgress(f"{task.id} was finished already")
-        if not task.path.startswith(f"{self._dirs['in_progress']}/"):  # mounted elsewhere, or not our task
+        if not task.path.startswith(
+            f"{self._dirs['in_progress']}/"
+        ):  # mounted elsewhere, or not our task
             try:
                 task.path = self._locate(task)
             except NotInProgress:
