@@ -1,16 +1,17 @@
 # SPDX-License-Identifier: MIT
 """How fast femtoqueue is on this machine: beside bare system calls, and beside other queues.
 
-    python3 benchmark_mini.py                          under ten seconds, nothing to install
-    python3 benchmark_mini.py --dir /srv/queues        on another filesystem
-    python3 benchmark_mini.py --workers 8 --durable --wait
-    python3 benchmark_mini.py --scale 1000000          takes minutes, and 5 GB on ext4
-    python3 benchmark_mini.py --peers --plot peers.png    after pip install '.[bench]'
+    python3 benchmark_mini.py                      under ten seconds, nothing to install
+    python3 benchmark_mini.py --dir /srv/queues    on another filesystem
+    python3 benchmark_mini.py --scale 1000000      takes minutes, and 5 GB on ext4
+    python3 benchmark_mini.py --workers 8 --durable --wait --peers --plot speed.png
+                                                   README's table, after pip install '.[bench]'
 
 The *floor* is the bare system calls that a queue of files cannot do without, made from Python: create,
 write, close, rename; rename, open, read, close; rename. It keeps no order, checks nothing, and survives
-nothing; nothing that is made of these calls can be faster. *Plain files* are the same steps written as
-one writes Python: `with open(path, "wb") as file: file.write(data)`.
+nothing; nothing that is made of these calls can be faster. *The layout* is the floor on femtoqueue's
+paths; the rest of femtoqueue's time is nearly all Python. *Plain files* are the floor's steps written
+as one writes Python: `with open(path, "wb") as file: file.write(data)`.
 
 Whatever is compared takes turns in small batches, after a warm-up, under the same garbage collector, so
 that a busy machine is busy for all. Figures are medians over rounds; a ratio is the median of the
@@ -21,9 +22,8 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import functools
 import gc
-import importlib
+import importlib.metadata
 import importlib.util
 import json
 import multiprocessing
@@ -39,7 +39,7 @@ import time
 import tracemalloc
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from itertools import chain, count
+from itertools import chain, repeat
 from pathlib import Path
 from typing import Any
 
@@ -52,11 +52,17 @@ ROUND = 1_000
 BACKLOG = 1_000  # what is pending all the time, so that nobody works on an empty queue
 LATER = 100_000
 BAR = 20
+ALL = range(sys.maxsize)
 NODE = "bench"
-OURS, FLOOR, PLAIN = "femtoqueue", "the floor", "plain files"
-NAME = "%016d_bench_0123456789abcdef01.01234567"  # as long as ours: ext4 is slower with short names
+OURS, FLOOR, LAYOUT, PLAIN = "femtoqueue", "the floor", "the layout", "plain files"
+# As long as femtoqueue's: ext4 is slower with short names.
+NAME = "%016d_bench_0123456789abcdef01.01234567"
+OWNER = "bench~12345~1234567~0123456789ab.1234567890.1234567890~0123456789ab"
+LEASE = "~1~1234567890123456"
+MARKS = {FLOOR: "#d1495b", PLAIN: "#e9b44c"}  # colors in the picture
 STATES = ("creating", "scheduled", "pending", "in_progress", "done")
 STEPS = ("push", "pop", "done")
+ALL_STEPS = " + ".join(STEPS)
 
 # What a contestant can do: push a payload, pop a task, and be done with it (some forget it in pop).
 Steps = tuple[Callable[[bytes], Any], Callable[[], Any], Callable[[Any], Any] | None]
@@ -65,16 +71,13 @@ Round = dict[tuple[str, str], float]  # seconds per task, by contestant and step
 
 @dataclasses.dataclass
 class Row:
-    """One figure. `base` is that of what it is compared with, `plain` that of plain files."""
+    """One figure, and how it compares: the same figure of others, and ratios by what they are."""
 
     what: str
     value: float
     unit: str
-    base: float | None = None
-    ratio: float | None = None
-    against: str = ""
-    plain: float | None = None
-    plain_ratio: float | None = None
+    others: dict[str, float] = dataclasses.field(default_factory=dict)
+    ratios: dict[str, float] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass
@@ -96,19 +99,21 @@ def ours(directory: Path, durable: bool = False, due: bool = False) -> Steps:
 
 
 def floor(
-    directory: Path, durable: bool = False, due: bool = False, share: range | None = None
+    directory: Path, durable: bool = False, due: bool = False, share: range = ALL, layout: bool = False
 ) -> Steps:
     """The system calls with nothing around them. `share` is which tasks a worker pops."""
     creating, scheduled, pending, claimed, finished = (f"{directory}/{state}/" for state in STATES)
-    claimed += f"{share.start}/" if share else ""
+    claimed += f"{OWNER}/" if layout else f"{share.start}/" if share is not ALL else ""
     for path in (creating, scheduled, pending, claimed, finished):
         os.makedirs(path, exist_ok=True)
-    target = scheduled if due else pending
-    new_names, names = (map(NAME.__mod__, numbers) for numbers in (count(), share or count()))
+    draft, lease = (f"{creating}{OWNER}~", LEASE) if layout else (creating, "")
+    new_names, names = (map(NAME.__mod__, numbers) for numbers in (ALL, share))
+    targets, sources = (buckets(pending) if layout else repeat(pending) for _ in range(2))
 
     def push(data: bytes) -> None:
         name = next(new_names)
-        path = creating + name
+        path = draft + name
+        target = scheduled if due else next(targets)
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
         os.write(descriptor, data)
         if durable:
@@ -124,20 +129,28 @@ def floor(
             return None
         if due:
             os.rename(scheduled + name, pending + name)
-        path = claimed + name
-        os.rename(pending + name, path)
+        path = claimed + name + lease
+        os.rename(next(sources) + name, path)
         descriptor = os.open(path, os.O_RDONLY)
         os.read(descriptor, 200)
         os.close(descriptor)
         return name
 
     def done(name: str) -> None:
-        os.rename(claimed + name, finished + name)
+        os.rename(claimed + name + lease, finished + name)
         if durable:
             sync_directory(claimed)
             sync_directory(finished)
 
     return push, pop, done
+
+
+def buckets(pending: str) -> Iterator[str]:
+    """Where femtoqueue puts each task: a thousand go into one directory."""
+    for number in ALL:
+        path = f"{pending}{number:016d}/"
+        os.makedirs(path, exist_ok=True)
+        yield from repeat(path, 1_000)
 
 
 def sync_directory(path: str) -> None:
@@ -151,7 +164,7 @@ def plain(directory: Path, due: bool = False) -> Steps:
     creating, scheduled, pending, claimed, finished = (os.path.join(directory, s) for s in STATES)
     for path in (creating, scheduled, pending, claimed, finished):
         os.makedirs(path)
-    new_names, names = (map(NAME.__mod__, count()) for _ in range(2))
+    new_names, names = (map(NAME.__mod__, ALL) for _ in range(2))
 
     def push(data: bytes) -> None:
         name = next(new_names)
@@ -224,12 +237,12 @@ def one_round(contestants: Mapping[str, Steps], size: int, batch: int) -> Round:
 
 
 def compare(
-    rounds: list[Round], what: str, steps: Sequence[str], name: str = OURS, base: str = FLOOR
+    rounds: list[Round], steps: str, name: str = OURS, bases: Sequence[str] = (FLOOR,), what: str = ""
 ) -> Row:
-    """Tasks per second of contestant `name` in `steps`, and how many times the time of `base`."""
+    """Tasks per second of `name` in `steps`, such as "pop + done", and its time over each base's."""
 
     def cost(of: str) -> list[float]:
-        return [sum(one[of, step] for step in steps) for one in rounds]
+        return [sum(one[of, step] for step in steps.split(" + ")) for one in rounds]
 
     def speed(of: str) -> float:
         return 1 / statistics.median(cost(of))
@@ -237,14 +250,8 @@ def compare(
     def ratio(to: str) -> float:
         return statistics.median(a / b for a, b in zip(cost(name), cost(to), strict=True))
 
-    row = Row(what, speed(name), "tasks/s", speed(base), ratio(base), f"x the time of {base}")
-    if (PLAIN, steps[0]) in rounds[0]:
-        row.plain, row.plain_ratio = speed(PLAIN), ratio(PLAIN)
-    return row
-
-
-def compare_steps(rounds: list[Round], name: str = OURS, base: str = FLOOR) -> list[Row]:
-    return [compare(rounds, step, [step], name, base) for step in STEPS]
+    ratios = {f"x {base}'{'' if base.endswith('s') else 's'} time": ratio(base) for base in bases}
+    return Row(what or steps, speed(name), "tasks/s", {base: speed(base) for base in bases}, ratios)
 
 
 def seconds_of(work: Callable[..., object], *arguments: object) -> float:
@@ -279,16 +286,18 @@ def one_process(options: argparse.Namespace) -> Iterator[Section]:
     """What a task costs beside the floor and plain files."""
     kinds: dict[str, Callable[..., Steps]] = {FLOOR: floor, PLAIN: plain, OURS: ours}
     contestants = {name: open_(options.dir / name) for name, open_ in kinds.items()}
+    contestants[LAYOUT] = floor(options.dir / LAYOUT, layout=True)
     for contestant in contestants.values():
         fill(contestant, BACKLOG, "backlog")
     rounds = interleave("one process", contestants, options.seconds)
     contestants = {name: open_(options.dir / f"{name}-due", due=True) for name, open_ in kinds.items()}
     due = interleave("schedule", contestants, options.seconds / 3)
+    bases = FLOOR, PLAIN
     rows = [
-        *compare_steps(rounds),
-        compare(rounds, "push + pop + done", STEPS),
-        compare(due, "schedule", ["push"]),
-        compare(due, "pop + done when due", ["pop", "done"]),
+        *(compare(rounds, steps, OURS, bases) for steps in (*STEPS, ALL_STEPS)),
+        compare(rounds, ALL_STEPS, LAYOUT, (FLOOR, OURS), "the layout alone"),
+        compare(due, "push", OURS, bases, "schedule"),
+        compare(due, "pop + done", OURS, bases, "pop + done when due"),
     ]
     yield Section(f"one process, {len(rounds)} rounds of {ROUND:,} tasks", rows)
 
@@ -310,10 +319,8 @@ def workers(options: argparse.Namespace) -> Iterator[Section]:
             shutil.rmtree(directory)
     base, own = map(statistics.median, speeds)
     ratio = statistics.median(b / a for a, b in zip(*speeds, strict=True))
-    against = "of the speed of the floor on disjoint files"
-    row = Row("pop + done, together", own, "tasks/s", base, ratio, against)
-    title = f"{options.workers} processes on one queue, {rounds} rounds of {total:,} tasks"
-    yield Section(title, [row])
+    row = Row("pop + done", own, "tasks/s", {FLOOR: base}, {"of the floor's speed": ratio})
+    yield Section(f"{options.workers} processes on one queue; the floor's share no files", [row])
 
 
 def drain(directory: Path, share: range | None) -> tuple[int, float, float]:
@@ -333,10 +340,7 @@ def drain(directory: Path, share: range | None) -> tuple[int, float, float]:
 def durable(options: argparse.Namespace) -> Iterator[Section]:
     """With sync_after_write, beside write + fsync + rename + fsync of the directory."""
     directory = options.dir / "durable"
-    pair = {
-        FLOOR: floor(directory / "floor", durable=True),
-        OURS: ours(directory / "ours", durable=True),
-    }
+    pair = {name: open_(directory / name, True) for name, open_ in ((FLOOR, floor), (OURS, ours))}
     rounds = interleave("durable", pair, options.seconds, size=100, batch=5)
     queue = FemtoQueue(directory / "many", NODE, sync_after_write=True)
     thousands: dict[str, Steps] = {
@@ -345,11 +349,12 @@ def durable(options: argparse.Namespace) -> Iterator[Section]:
     }
     many = interleave("push_many", thousands, options.seconds, size=2, batch=1)
     per_task = [{key: seconds / 1_000 for key, seconds in one.items()} for one in many]
-    row = compare(per_task, "push_many(1000)", ["push"], "push_many", "push")
-    yield Section(f"durable, {len(rounds)} rounds of 100 tasks", [*compare_steps(rounds), row])
+    row = compare(per_task, "push", "push_many", ["push"], "push_many(1000)")
+    rows = [compare(rounds, step) for step in STEPS]
+    yield Section(f"durable, {len(rounds)} rounds of 100 tasks", [*rows, row])
 
 
-def waiting(options: argparse.Namespace) -> Iterator[Section]:
+def wait(options: argparse.Namespace) -> Iterator[Section]:
     """What idle consumers cost, how soon they wake, and what starting up costs."""
     directory = options.dir / "wait"
     FemtoQueue(directory, NODE)
@@ -357,9 +362,8 @@ def waiting(options: argparse.Namespace) -> Iterator[Section]:
     for number in (1, 50):
         progress("waiting", number / 100)
         own, bare = map(sum, zip(*together([(idle, directory, options.seconds)] * number), strict=True))
-        against = "x as much as bare loops of time.sleep(0.01)"
-        what = f"{number} idle pop(timeout)"
-        rows.append(Row(what, 100 * own, "% of a core", ratio=own / bare, against=against))
+        ratios = {"x as much as bare loops of time.sleep(0.01)": own / bare}
+        rows.append(Row(f"{number} idle pop(timeout)", 100 * own, "% of a core", ratios=ratios))
     progress("waiting", 0.8)
     wakes, _ = together([(wake_up, directory, 200), (keep_pushing, directory, 200)])
     rows.append(Row("wake-up, median", 1_000 * statistics.median(wakes), "ms"))
@@ -441,7 +445,7 @@ def on_backlog(directory: Path, seconds: float, backlog: int) -> Section:
         Row("open", 1_000 * opened, "ms"),
         Row("first pop in a new process", 1_000 * first, "ms"),
         Row("memory for it", memory / 1e6, "MB"),
-        *compare_steps(rounds),
+        *(compare(rounds, step) for step in STEPS),
         Row("pop of the empty queue, after draining", 1e6 * empty, "us"),
     ]
     return Section(title, rows)
@@ -466,7 +470,7 @@ def first_pop(directory: Path) -> tuple[float, float, int]:
 def scheduled(directory: Path, seconds: float, what: str, spread_s: int) -> Section:
     """Work beside tasks that fall due an hour from now or later, then all of them falling due."""
     title = f"{LATER:,} tasks scheduled for later, {what}"
-    base, name = "none scheduled", "many scheduled"
+    base, name = "a new queue", "many scheduled"
     pair = {base: ours(directory / "none"), name: ours(directory / "many")}
     queue = FemtoQueue(directory / "many", NODE)
     due_us = time.time_ns() // 1_000 + 3_600_000_000
@@ -481,7 +485,8 @@ def scheduled(directory: Path, seconds: float, what: str, spread_s: int) -> Sect
     shutil.rmtree(directory)
     longest = Row("longest pop when all are due", 1_000 * max(pops), "ms")
     rest = Row("99th percentile", 1_000 * statistics.quantiles(pops, n=100)[98], "ms")
-    return Section(title, [*compare_steps(rounds, name, base), longest, rest])
+    rows = [compare(rounds, step, name, [base]) for step in STEPS]
+    return Section(title, [*rows, longest, rest])
 
 
 def pop_all_due(directory: Path, ahead_s: float) -> list[float]:
@@ -503,7 +508,7 @@ def pop_all_due(directory: Path, ahead_s: float) -> list[float]:
 # --- other queues -------------------------------------------------------------------------------------
 
 
-def original(folder: Path, directory: str, synchronous: int) -> Steps:
+def original(folder: Path, directory: Path) -> Steps:
     queue = runpy.run_path(str(folder / "femtoqueue.py"))["FemtoQueue"](directory, NODE)
     return queue.push, queue.pop, queue.done
 
@@ -517,7 +522,12 @@ def persist_queue(directory: str, synchronous: int) -> Steps:
 def litequeue(directory: str, synchronous: int) -> Steps:
     queue = importlib.import_module("litequeue").LiteQueue(f"{directory}/queue.db")
     queue.conn.execute(f"PRAGMA synchronous = {synchronous}")
-    return queue.put, queue.pop, lambda task: queue.done(task.message_id)
+
+    def done(task: Any) -> None:
+        claim = {"claim_id": task.claim_id} if hasattr(task, "claim_id") else {}  # none in version 0.9
+        queue.done(task.message_id, **claim)
+
+    return lambda data: queue.put(data.decode()), queue.pop, done
 
 
 def dirq(directory: str, synchronous: int) -> Steps:
@@ -566,24 +576,18 @@ NORMAL, FULL = 1, 2  # of SQLite's synchronous: a power cut takes the last secon
 
 def peers(options: argparse.Namespace) -> Iterator[Section]:
     """Other queues that are installed, each doing the same work at the same durability."""
-    if options.original:
-        opener = functools.partial(original, options.original)
-        PEERS["original 0.4.2"] = opener, "its fsync comes before the data is written"
-    for durable, survives in ((False, "a killed process, not a power cut"), (True, "a power cut")):
+    for durable, survives in ((False, "killed processes"), (True, "power cuts")):
         directory = options.dir / f"peers-{durable}"
         contestants = {OURS: ours(directory / OURS, durable)} | installed(directory, durable)
+        if options.original and not durable:  # its fsync comes before the data is written
+            contestants["original 0.4.2"] = original(options.original, directory / "original")
         size, batch = (100, 5) if durable else (ROUND, BATCH)
         for contestant in contestants.values():
             fill(contestant, size, "peers")
         rounds = interleave("peers", contestants, options.seconds * 3, size, batch)
-        rows = []
-        for name, (_, _, done) in contestants.items():
-            row = compare(rounds, name, STEPS, name, OURS)
-            row.base = None  # the first row
-            row.against += "" if done else "; forgets a task on handing it out"
-            rows.append(row)
-        rows[0].ratio = None
-        yield Section(f"peers, push + pop + done, what survives {survives}", rows)
+        first = compare(rounds, ALL_STEPS, bases=(), what=f"{OURS} {femtoqueue.__version__}")
+        others = [compare(rounds, ALL_STEPS, n, [OURS], n) for n in contestants if n != OURS]
+        yield Section(f"beside peers, surviving {survives}: {ALL_STEPS}", [first, *others])
         shutil.rmtree(directory)
 
 
@@ -595,7 +599,9 @@ def installed(directory: Path, durable: bool) -> dict[str, Steps]:
         try:
             if durable and why_not_durable:
                 raise ImportError(why_not_durable)
-            found[name] = open_(str(path), FULL if durable else NORMAL)
+            steps = open_(str(path), FULL if durable else NORMAL)
+            forgets = "" if steps[2] else ", forgets in pop"
+            found[f"{name} {importlib.metadata.version(name)}{forgets}"] = steps
         except ImportError as error:
             print(f"{name}: left out ({error})", file=sys.stderr)
     return found
@@ -626,57 +632,57 @@ def filesystem(path: Path) -> str:
 
 
 def show(section: Section) -> None:
-    """A section as text: bars are tasks per second, and where the base would end is shaded."""
+    """A section as text: bars are tasks per second, shaded up to where the floor's ends."""
     print(f"\n{section.title}")
     width = max(len(row.what) for row in section.rows)
     units = max(len(row.unit) for row in section.rows)
-    top = max(max(row.value, row.base or 0) for row in section.rows)
+    top = max(max(row.value, *row.others.values(), 0) for row in section.rows)
     speeds = any(row.unit == "tasks/s" for row in section.rows)
     for row in section.rows:
         digits = 0 if row.value >= 1_000 else 1 if row.value >= 10 else 2
         bar = ""
         if row.unit == "tasks/s":
-            length, base = (round(x / top * BAR) for x in (row.value, row.base or 0))
+            length, base = (round(x / top * BAR) for x in (row.value, row.others.get(FLOOR, 0)))
             bar = ("█" * length).ljust(base, "░")
-        ratio = f"{row.ratio:.2f} {row.against}" if row.ratio else ""
-        if row.plain_ratio:
-            ratio += f", {row.plain_ratio:.2f} x of {PLAIN}"
+        ratios = [f"{ratio:.2f} {what}" for what, ratio in row.ratios.items()]
         line = f"  {row.what:{width}} {row.value:9,.{digits}f} {row.unit:{units}}"
-        print(f"{line} {bar:{BAR if speeds else 0}} {ratio}".rstrip())
+        print(f"{line} {bar:{BAR if speeds else 0}} {', '.join(ratios)}".rstrip())
 
 
 def plot(sections: Sequence[Section], about: str, path: Path) -> None:
-    """The same bars as a picture; red marks what each is compared with, yellow plain files."""
-    matplotlib = importlib.import_module("matplotlib")
-    matplotlib.use("Agg")
+    """The same bars as a picture, with a mark where each of those compared with would end."""
     pyplot = importlib.import_module("matplotlib.pyplot")
+    pyplot.switch_backend("Agg")
     shown = [(s.title, [row for row in s.rows if row.unit == "tasks/s"]) for s in sections]
     shown = [(title, rows) for title, rows in shown if rows]
-    heights = [len(rows) + 1 for _, rows in shown]
-    size = 9, 0.42 * sum(heights) + 1
-    figure, axes = pyplot.subplots(len(shown), figsize=size, squeeze=False, height_ratios=heights)
-    for axis, (title, rows) in zip(axes[:, 0], shown, strict=True):
+    heights = [len(rows) for _, rows in shown]
+    size = 8, 0.26 * sum(heights) + 0.4 * len(shown) + 0.6
+    figure = pyplot.figure(figsize=size, layout="constrained")
+    figure.get_layout_engine().set(w_pad=0.12, h_pad=0.06)
+    axes = figure.subplots(len(shown), squeeze=False, height_ratios=heights)[:, 0]
+    for axis, (title, rows) in zip(axes, shown, strict=True):
+        axis.set_title(title, loc="left", fontsize=10, fontweight="bold")
         plot_rows(axis, rows)
-        axis.set_title(title, loc="left", fontsize=10)
-    axes[-1, 0].set_xlabel(f"tasks per second; {about}", fontsize=8)
-    figure.tight_layout()
+    lines = [pyplot.Line2D([], [], color=color, label=name, lw=3) for name, color in MARKS.items()]
+    figure.legend(handles=lines, loc="outside upper right", ncols=3, frameon=False, fontsize=9)
+    figure.supxlabel(f"tasks per second; {about}", fontsize=9)
     figure.savefig(path, dpi=150)
 
 
 def plot_rows(axis: Any, rows: Sequence[Row]) -> None:
-    colors = ["#a9b4bd" if row.what in PEERS else "#2a6f97" for row in rows]
-    axis.barh([row.what for row in rows], [row.value for row in rows], color=colors, height=0.6)
-    top = max(max(row.value, row.base or 0) for row in rows)
+    style = {"va": "center", "fontsize": 9, "transform": axis.get_yaxis_transform()}
     for place, row in enumerate(rows):
-        for value, color in ((row.plain, "#e9b44c"), (row.base, "#d1495b")):
-            if value:
-                axis.vlines(value, place - 0.4, place + 0.4, color=color)
-        text = f"{row.value:,.0f}" + (f"  ({row.ratio:.2f})" if row.ratio else "")
-        axis.text(max(row.value, row.base or 0) + top / 80, place, text, va="center", fontsize=8)
-    axis.set_xlim(0, top * 1.18)
-    axis.invert_yaxis()
-    axis.tick_params(labelsize=9)
-    axis.spines[["top", "right"]].set_visible(False)
+        color = "#b4bec6" if OURS in row.others else "#2a6f97"
+        axis.barh(place, row.value, height=0.66, color=color)
+        for name in [name for name in MARKS if name in row.others]:
+            axis.vlines(row.others[name], place - 0.42, place + 0.42, color=MARKS[name], linewidth=2.5)
+        axis.text(1.1, place, f"{row.value:,.0f}", ha="right", **style)
+        for what, ratio in list(row.ratios.items())[:1]:
+            axis.text(1.13, place, f"{ratio:.2f} {what}", **style)
+    axis.set_yticks(range(len(rows)), [row.what for row in rows], fontsize=9)
+    axis.set(xticks=[], ylim=(len(rows) - 0.5, -0.5))
+    axis.tick_params(length=0)
+    axis.spines[["top", "right", "bottom"]].set_visible(False)
 
 
 def arguments() -> argparse.Namespace:
@@ -685,8 +691,8 @@ def arguments() -> argparse.Namespace:
         description=about, epilog=usage, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    here = Path(tempfile.gettempdir())
-    add("--dir", type=Path, default=here, help="where to measure (default: %(default)s)")
+    temporary = tempfile.gettempdir()
+    add("--dir", type=Path, default=temporary, help="where to measure (default: %(default)s)")
     add("--workers", type=int, default=0, metavar="N", help="N processes draining one queue")
     add("--durable", action="store_true", help="with sync_after_write")
     add("--wait", action="store_true", help="idle consumers, wake-up, import")
@@ -710,14 +716,8 @@ def arguments() -> argparse.Namespace:
 
 def main() -> None:
     options = arguments()
-    chosen = {
-        workers: options.workers,
-        durable: options.durable,
-        waiting: options.wait,
-        scale: options.scale,
-        peers: options.peers,
-    }
-    runs = [run for run, wanted in chosen.items() if wanted] or [one_process]
+    optional = workers, durable, wait, scale, peers  # each has the name of its option
+    runs = [one_process, *(run for run in optional if getattr(options, run.__name__))]
     python = platform.python_version()
     about = f"{len(PAYLOAD)}-byte payloads, {filesystem(options.dir)}, Python {python}"
     if not options.json:
@@ -734,8 +734,7 @@ def main() -> None:
     except OSError as error:
         raise SystemExit(f"{error}; --dir names another place") from error
     if options.json:
-        rows = [dataclasses.asdict(section) for section in sections]
-        print(json.dumps({"about": about, "sections": rows}, indent=1))
+        print(json.dumps({"about": about, "sections": sections}, indent=1, default=vars))
     if options.plot:
         plot(sections, about, options.plot)
 

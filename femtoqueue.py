@@ -643,12 +643,9 @@ class FemtoQueue:
         workers, become pending first. Returns None only after `timeout` seconds, where None waits for
         ever, and never while a task is pending or due.
         """
+        self._check_open()
         if timeout != 0:
             _check_timeout(timeout)
-        return self._pop(timeout)
-
-    def _pop(self, timeout: float | None, stopped: Sequence[int] = ()) -> FemtoTask | None:
-        self._check_open()
         now_us = self._clock.stamp()
         listing = self._listing
         if listing and now_us < self._look_at_us and not self._passed_over:  # the usual case
@@ -657,9 +654,9 @@ class FemtoQueue:
                     return task
             except OSError:
                 self._begin_anew()
-        return self._search(timeout, stopped)
+        return self._search(timeout)
 
-    def _search(self, timeout: float | None, stopped: Sequence[int]) -> FemtoTask | None:
+    def _search(self, timeout: float | None, stopped: Sequence[int] = ()) -> FemtoTask | None:
         """Look everywhere, until there is a task, time is over, or `stopped` is not empty."""
         end_s = timeout and time.monotonic() + timeout
         while not stopped:
@@ -1438,7 +1435,7 @@ class FemtoQueue:
         count = 0
         try:
             with _StopOnSignals() as signals:
-                while not signals and (task := self._pop(0.0 if until_empty else None, signals)):
+                while not signals and (task := self._search(0.0 if until_empty else None, signals)):
                     current[:] = [task]
                     try:
                         count += self._handle(task, handler)
