@@ -190,7 +190,8 @@ class FemtoQueue:
     keep_done, keep_failed
                Keep finished tasks in done/ and failed/, or delete them.
     maxsize    `push` raises `queue.Full` when so many tasks are pending. 0: no limit. The limit is
-               exact for one producer; several may exceed it, each by half of the room it last saw.
+               exact for one producer that is alone. Several may exceed it, each by half of the room
+               that it last saw; so may tasks that come due or back in another process.
 
     Bad arguments raise TypeError or ValueError, before anything is written. Any call may raise OSError;
     the same call can then be made again.
