@@ -979,9 +979,8 @@ class FemtoQueue:
             raise TypeError(f"task: expected what pop() returned, got {type(task).__name__}")
         if task._finished:
             raise NotInProgress(f"{task.id} was finished already")
-        if not task.path.startswith(
-            f"{self._dirs['in_progress']}/"
-        ):  # mounted elsewhere, or not our task
+        if not task.path.startswith(self._dirs["in_progress"] + "/"):
+            # The directory is mounted elsewhere there, or the task is not ours.
             try:
                 task.path = self._locate(task)
             except NotInProgress:
@@ -1420,10 +1419,10 @@ class FemtoQueue:
         In the main thread, SIGTERM, SIGINT and SIGHUP let the handler finish and then end the loop. A
         second one gives the task back at once, and raises SystemExit or KeyboardInterrupt.
 
-        The handler may finish the task itself; what it returns is ignored, but a coroutine or generator
-        raises TypeError: it would never run. `until_empty` ends the loop
-        when nothing is pending or due, instead of waiting for more. Returns how many tasks were handled
-        without an exception, and without losing the lease.
+        The handler may finish the task itself. What it returns is ignored, but a coroutine or generator
+        raises TypeError: it would never run. `until_empty` ends the loop when nothing is pending or
+        due, instead of waiting for more. Returns how many tasks were handled without an exception,
+        and without losing the lease.
         """
         if not callable(handler):
             raise TypeError(f"handler: expected a callable, got {type(handler).__name__}")
