@@ -7487,6 +7487,13 @@ def test_recipe(project: Path, language: str, text: str) -> None:
     return None
 
 
+def test_a_worker_killed_in_readme(project: Path) -> None:
+    """README's first minute: the worker that replaces one killed by SIGKILL has its task at once."""
+    (demo,) = [text for _, _, text in blocks(README) if "kill -9" in text]
+    out = subprocess.run(["sh", "-c", demo], capture_output=True, text=True, timeout=60).stdout
+    assert out.splitlines() == ["hello", "attempt 1", "hello", "attempt 2"]
+
+
 def run_unit(project: Path, unit: str) -> None:
     """Do what systemd does with a service: start it, and stop it by SIGTERM to the main process."""
     settings = dict(line.split("=", 1) for line in unit.splitlines() if "=" in line)
