@@ -98,7 +98,7 @@ _ORPHAN_US = 86_400_000_000  # how long the remains of an owner are kept who can
 _POLL_S = 0.009  # how long a call that waits sleeps at a time
 _ROUNDS = 4  # how often a call tries again; each needs another worker to have come in between
 _CHUNK = 1 << 20  # a larger payload is not kept in memory
-_SMALL = 4_096  # read at once; more costs a page fault each time, asking for the size a system call
+_SMALL = 4_096  # read at once; a larger buffer costs a page fault, asking for the size a system call
 _WRITE_FLAGS = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
 # A FIFO or a link that carries a task's name must neither block the reader nor lead it elsewhere.
 _NO_FOLLOW = getattr(os, "O_NOFOLLOW", 0)
@@ -106,7 +106,7 @@ _READ_FLAGS = os.O_RDONLY | _NO_FOLLOW | getattr(os, "O_NONBLOCK", 0) | getattr(
 # The first bytes of a payload that version 0.3 or 0.4 of the original femtoqueue wrote; MD5 follows.
 _LEGACY_MAGIC = b"\x01" + bytes(7)
 _LEGACY_HEADER = len(_LEGACY_MAGIC) + 16
-_LEGACY_NAME = "_<built-in method hex of bytes object at 0x"  # it meant to call that method
+_LEGACY_NAME = "_<built-in method hex of bytes object at 0x"  # in its file names: it left out the ()
 _LAST_CLOCK_US = 7_258_118_400_000_000  # the year 2200: a stray name must not drag the clock along
 
 
@@ -130,10 +130,10 @@ class FemtoTask:
     """
 
     lost: bool = False
-    _begin = 0  # of the payload, in the file
-    _from = ""  # the directory it was claimed from
-    # Of a verdict that raised: its name, where the file goes, which directories to sync.
-    _verdict: tuple[str, str | None, tuple[str, ...]] | None = None
+    _payload_start = 0  # in the file
+    _claimed_from = ""  # the directory it was claimed from
+    # Of a call that raised: its name, where the file goes, which directories to sync.
+    _half_done: tuple[str, str | None, tuple[str, ...]] | None = None
     _moved = False  # out of in_progress/
     _finished = False  # moved, and synced if that was asked for
     _copied = False  # somebody else may finish it
@@ -157,12 +157,12 @@ class FemtoTask:
         for _ in range(_ROUNDS):
             try:
                 with open(self.path, "rb") as file:
-                    file.seek(self._begin)
+                    file.seek(self._payload_start)
                     return file.read()
             except FileNotFoundError:  # renamed: its lease was renewed, perhaps through another copy
                 directory = os.path.dirname(self.path)
                 self.path = _find_claim(directory, self.id, self.attempt) or self.path
-        raise _gone(self.path)
+        raise _not_found(self.path)
 
     def __getstate__(self) -> dict[str, object]:
         self._copied = True
@@ -234,16 +234,13 @@ class FemtoQueue:
         self._lease_us = int(timeout_stale_ms * 1_000)
         self._dirs = {state: f"{self._root}/{state}" for state in (*STATES, "creating")}
         self._closed = False
-        self._given_back = False
-        self._begin_in_this_process()
+        self._all_given_back = False
+        self._become_new_owner()
         self._make_directories()
         self._clock = self._open_clock()
-        if self.sync_after_write:
-            # Whoever made them need not have been durable.
-            _sync(os.path.dirname(self._root), self._root)
-        weakref.finalize(self, _bring_back_soon, self._root).atexit = False
+        weakref.finalize(self, _look_soon, self._root).atexit = False
 
-    def _begin_in_this_process(self) -> None:
+    def _become_new_owner(self) -> None:
         """Set up all that must not be shared with the process that this one was forked from."""
         me = _identity()
         self._owner = (
@@ -262,35 +259,39 @@ class FemtoQueue:
         # Claims that may exist though pop() did not return them: an error came, or an answer was lost.
         self._unsure: set[str] = set()
         self._passed_over: set[str] = set()  # paths that could not be read or moved, lately
-        self._claimed_at_us = self._look_at_us = self._sweep_at_us = 0
+        self._claimed_at_us = 0
+        self._next_look_us = 0
+        self._next_sweep_us = 0
         self._own_dir_lock = _thread.RLock()
         self._own_dirs_made = 0
-        self._own_dir_is_durable = False  # its entry is on disk
+        self._own_dir_is_ready = False  # made, and if that was asked for, for good
         self._unsynced: dict[str, None] = {}  # directories of renames not synced, the old side first
         self._unconfirmed: dict[tuple[str, str], tuple[str, ...]] = {}  # the same, by call and id
         self._sync_lock = _thread.RLock()
-        self._process = _process_count
+        self._generation = _generation
         _owners[self._owner] = self
 
     def _make_directories(self) -> None:
-        made = _make_directory(self._root)
+        # Whoever made the first two need not have been durable.
+        touched = [os.path.dirname(self._root), self._root]
+        touched += map(os.path.dirname, _make_directory(self._root))
         for state, directory in self._dirs.items():
             if state != "in_progress":
-                made += _make_directory(directory)
+                _make_directory(directory)
         if not os.path.isdir(self._dirs["in_progress"]):
             self._adopt_original()
             # Last: as long as it is missing, whoever opens the directory adopts again.
-            made += _make_directory(self._dirs["in_progress"])
+            _make_directory(self._dirs["in_progress"])
         if self.sync_after_write:
-            _sync(*dict.fromkeys(os.path.dirname(path) for path in made))
+            _sync_directories(*dict.fromkeys(touched))
 
     def _adopt_original(self) -> None:
         """Take over a directory of the original femtoqueue 0.3 or 0.4, tasks in progress included.
 
-        There, a worker's tasks lie in `<node_id>/` beside `pending/`; a scheduled one is told by a time
-        in the future alone, in `scheduled/` (0.4) or in `pending/` (0.3).
+        There, a worker's tasks lie in `<node_id>/` beside `pending/`. Only a time in the future tells
+        a scheduled one, in `scheduled/` (0.4) or in `pending/` (0.3).
         """
-        pending, scheduled = self._dirs["pending"], self._dirs["scheduled"]
+        pending, scheduled = touched = [self._dirs["pending"], self._dirs["scheduled"]]
         now_us = _wall_us()
         for entry in _list(self._root):
             if entry.name in (*self._dirs, "lost+found") or not entry.is_dir(follow_symlinks=False):
@@ -302,6 +303,7 @@ class FemtoQueue:
             for task in tasks:
                 _rename(task.path, f"{pending}/{task.name}")
             if tasks:
+                touched.insert(0, entry.path)
                 _remove_directory(entry.path)
         for directory in (pending, scheduled):
             for task in _list(directory):
@@ -310,6 +312,8 @@ class FemtoQueue:
                     later = directory == scheduled or int(time_text) > now_us
                     name = f"{max(0, int(time_text)):016d}_{rest}"
                     _rename(task.path, f"{scheduled if later else pending}/{name}")
+        if self.sync_after_write:
+            _sync_directories(*touched)
 
     def _open_clock(self) -> _Clock:
         """Find the offset that this boot's first process chose, or choose it."""
@@ -341,21 +345,22 @@ class FemtoQueue:
         return offset_us
 
     def _newest_us(self) -> int:
-        """A time that no task now in the queue is above, but for what is scheduled."""
+        """The newest time in pending/ and in_progress/, above which the clock must start."""
         times = [0]
         errors: list[OSError] = []
         wall_us = _wall_us()
         for entry in _list(self._dirs["pending"]):
-            times.append(_time_us(entry.name))
+            times.append(_time_of(entry.name))
             # A bucket's tasks are of one period: an older one cannot be ahead of the wall clock.
             if _is_bucket(entry) and int(entry.name) + _BUCKET_US > wall_us:
-                times += map(_time_us, _names(entry.path, errors))
+                times += map(_time_of, _names(entry.path, errors))
         for name, directory in self._files("in_progress", errors=errors):
-            times.append(_time_us(name))
-            # A lease that began when the wall clock was ahead would last longer by so much.
+            times.append(_time_of(name))
+            # A deadline set when the wall clock was ahead would come too late. The clock need not start
+            # above that, only above when the lease began, which is the file's change time.
             if (claim := _parse(name)) and (info := _lstat(f"{directory}/{name}")):
                 times.append(min(info.st_ctime_ns // 1_000, claim[2]))
-        _raise_unless_hidden(errors)
+        _raise_unless_permission(errors)
         return max(time_us for time_us in times if time_us < _LAST_CLOCK_US)
 
     def __repr__(self) -> str:
@@ -378,7 +383,7 @@ class FemtoQueue:
         Raises TypeError if `data` is not bytes-like (encode a str yourself), and `queue.Full` if
         `maxsize` tasks are pending.
         """
-        return self._add((data if type(data) is bytes else _payload(data),))
+        return self._add((_as_bytes(data),))
 
     def push_many(self, items: Iterable[bytes | bytearray | memoryview]) -> list[str]:
         """Push all `items`, in order, and return their ids.
@@ -402,10 +407,10 @@ class FemtoQueue:
             for path, time_us, id in drafts:
                 bucket = self._put_into_bucket(path, "pending", time_us, id)
                 if bucket is None:
-                    raise _gone(path)
+                    raise _not_found(path)
                 added.append(f"{bucket.path}/{id}")
-                touched.update(bucket.directories())
-            _sync(*touched)
+                touched.update(bucket.to_sync())
+            _sync_directories(*touched)
         except BaseException as error:
             for path in (*reversed(added), *(path for path, _, _ in drafts)):
                 _try(_unlink, path)
@@ -419,11 +424,11 @@ class FemtoQueue:
         try:
             for item in items:
                 if self.maxsize:
-                    self._make_room(len(drafts))
+                    self._take_room(len(drafts))
                 time_us = self._clock.stamp()
                 stem = self._new_stem(time_us)
                 path = self._creating + stem
-                crc = self._write(path, (_payload(item),), unsynced)
+                crc = self._write(path, (_as_bytes(item),), unsynced)
                 drafts.append((path, time_us, f"{stem}.{crc:08x}"))
                 if len(unsynced) == 100:
                     _sync_files(unsynced)
@@ -464,7 +469,7 @@ class FemtoQueue:
     def _push_by_rename(self, source: str) -> str | None:
         """Make the file itself a task; None if it lies on another filesystem."""
         if self.maxsize:
-            self._make_room()
+            self._take_room()
         if os.path.islink(source):
             raise ValueError(f"path: {source!r} is a symbolic link; move the file that it points to")
         # Windows only syncs what is open for writing, and renames nothing that is open.
@@ -492,13 +497,13 @@ class FemtoQueue:
         an aware datetime. A time in the past is due at once. Raises ValueError for a naive datetime,
         and for a number that can only be seconds, milliseconds or nanoseconds.
         """
-        return self._add((_payload(data),), _due_us(time_us))
+        return self._add((_as_bytes(data),), _as_due_us(time_us))
 
     def _add(self, chunks: Iterable[bytes], due_us: int | None = None) -> str:
         """Write a task and publish it: as pending, or as scheduled if it has a due time."""
         self._check_open()
         if self.maxsize and due_us is None:
-            self._make_room()
+            self._take_room()
         time_us = self._clock.stamp()
         if due_us is not None:
             # The id is in queue time. Once the wall clock was set, that differs; in whole milliseconds,
@@ -528,56 +533,55 @@ class FemtoQueue:
         """
         descriptor = os.open(path, _WRITE_FLAGS, 0o666)
         try:
-            crc = 0
-            for chunk in chunks:
-                crc = zlib.crc32(chunk, crc)
-                written = os.write(descriptor, chunk)
-                while written < len(chunk):
-                    written += os.write(descriptor, memoryview(chunk)[written:])
-            if unsynced is not None:
-                unsynced.append(descriptor)
-                return crc
-            if self.sync_after_write:
-                os.fsync(descriptor)
-        except BaseException as error:
-            _add_path(error, path)
-            _try(os.close, descriptor)
-            _try(_unlink, path)
-            raise
-        try:
+            try:
+                crc = 0
+                for chunk in chunks:
+                    crc = zlib.crc32(chunk, crc)
+                    written = os.write(descriptor, chunk)
+                    while written < len(chunk):
+                        written += os.write(descriptor, memoryview(chunk)[written:])
+                if unsynced is not None:
+                    unsynced.append(descriptor)
+                    return crc
+                if self.sync_after_write:
+                    os.fsync(descriptor)
+            except BaseException:
+                _try(os.close, descriptor)
+                raise
             os.close(descriptor)  # where a network filesystem reports a failed write
-        except OSError as error:
+        except BaseException as error:
+            _try(_unlink, path)
             _add_path(error, path)
             raise
         return crc
 
     def _publish(self, draft: str, state: str, time_us: int, name: str, *also: str) -> None:
-        """Make a whole file a task, for good; if that fails, it is no task."""
+        """Make a whole file a task, for good; if that fails, it is none. `also` is synced with it."""
         bucket = self._put_into_bucket(draft, state, time_us, name)
         if bucket is None:
-            raise _gone(draft)
+            raise _not_found(draft)
         if self.sync_after_write:
             try:
-                _sync(*also, *bucket.directories())
+                _sync_directories(*also, *bucket.to_sync())
             except BaseException:
                 # Withdrawn, unless a worker has it already. A file to be moved is where it was.
                 _try(_rename, f"{bucket.path}/{name}", draft)
                 raise
 
     def _put_into_bucket(
-        self, source: str, state: str, time_us: int, name: str, back: bool = False
+        self, source: str, state: str, time_us: int, name: str, returning: bool = False
     ) -> _Bucket | None:
         """Rename `source` into a bucket of `state`; None if another worker took it meanwhile."""
-        bucket = self._take_bucket(state, time_us, back)
+        bucket = self._bucket_for(state, time_us, returning)
         for _ in range(_ROUNDS):
             target = f"{bucket.path}/{name}"
             try:
                 if self.sync_after_write:
-                    bucket.prepare()
+                    bucket.make_durable()
                 if _rename(source, target):
                     return bucket
             except BaseException:
-                _try(_rename, target, source)
+                _try(_rename, target, source)  # for what came when that was done
                 raise
             if not bucket.made:
                 _make_directory(bucket.path)
@@ -586,26 +590,26 @@ class FemtoQueue:
                 # Over NFS, a rename that was sent twice succeeds and then reports ENOENT: rename(2).
                 return bucket if _exists(target) else None
             else:
-                # It was empty, and removed. Never made again under the same name: when two hosts
-                # remove and make one directory, GlusterFS ends in a split brain.
-                bucket = self._buckets[state, back] = self._next_bucket(state, time_us, bucket)
-        raise _gone(bucket.path)
+                # It was empty, and removed. We do not make it again: where two hosts remove and make
+                # one directory at a time, GlusterFS ends in a split brain.
+                bucket = self._buckets[state, returning] = self._new_bucket(state, time_us, bucket)
+        raise _not_found(bucket.path)
 
-    def _take_bucket(self, state: str, time_us: int, back: bool = False) -> _Bucket:
-        """The bucket in hand if it is for tasks of this time, or the next one.
+    def _bucket_for(self, state: str, time_us: int, returning: bool = False) -> _Bucket:
+        """The bucket in hand if it is for tasks of this time, or a new one.
 
-        Those that come `back` have one of their own, or new ones would enter the shared one anew each
-        time the period changes to and fro.
+        Tasks that are `returning` have their own, or new ones would enter the shared one anew each time
+        the period changes to and fro.
         """
-        bucket = self._buckets.get((state, back))
+        bucket = self._buckets.get((state, returning))
         if bucket is None or not bucket.accepts(time_us):
-            bucket = self._buckets[state, back] = self._next_bucket(state, time_us, bucket)
+            bucket = self._buckets[state, returning] = self._new_bucket(state, time_us, bucket)
         bucket.used += 1
         if time_us > bucket.newest_us:
             bucket.newest_us = time_us
         return bucket
 
-    def _next_bucket(self, state: str, time_us: int, last: _Bucket | None) -> _Bucket:
+    def _new_bucket(self, state: str, time_us: int, last: _Bucket | None) -> _Bucket:
         """The shared bucket of the period; once that was used or is over, one named by this time."""
         start_us, end_us = _period(state, time_us)
         now_us = _wall_us() if state == "scheduled" else self._clock.now()
@@ -613,7 +617,7 @@ class FemtoQueue:
         shared = not entered and now_us < end_us  # nobody comes to one of the past any more
         if not shared:
             if last and entered and not last.shared and last.start_us <= time_us <= last.newest_us:
-                # Below the full one if it is of the very same time: due times can be alike without end.
+                # More tasks than a bucket holds can be due at one microsecond. That name is taken.
                 start_us = max(0, last.start_us - 1)
             else:
                 start_us = time_us
@@ -621,13 +625,13 @@ class FemtoQueue:
         room = 1 if shared and self.sync_after_write else _BUCKET_TASKS
         return _Bucket(self._dirs[state], start_us, end_us, shared, room)
 
-    def _make_room(self, spooled: int = 0) -> None:
-        """Raise queue.Full if there is no room for a task beside those that are only `spooled` yet."""
+    def _take_room(self, unpublished: int = 0) -> None:
+        """Raise queue.Full if there is no room for a task beside those still `unpublished`."""
         if self._room <= 0:
             errors: list[OSError] = []
             pending = sum(1 for name, _ in self._files("pending", errors=errors) if _parse(name))
-            _raise_unless_hidden(errors)
-            free = self.maxsize - spooled - pending
+            _raise_unless_permission(errors)
+            free = self.maxsize - unpublished - pending
             if free <= 0:
                 import queue
 
@@ -649,27 +653,27 @@ class FemtoQueue:
             _check_timeout(timeout)
         now_us = self._clock.stamp()
         listing = self._listing
-        if listing and now_us < self._look_at_us and not self._passed_over:  # the usual case
+        if listing and now_us < self._next_look_us and not self._passed_over:  # the usual case
             try:
                 if (found := listing.next()) and (task := self._claim(*found, now_us)):
                     return task
             except OSError:
-                self._begin_anew()
-        return self._search(timeout)
+                self._start_over()
+        return self._wait_and_claim(timeout)
 
-    def _search(self, timeout: float | None, stopped: Sequence[int] = ()) -> FemtoTask | None:
+    def _wait_and_claim(self, timeout: float | None, stopped: Sequence[int] = ()) -> FemtoTask | None:
         """Look everywhere, until there is a task, time is over, or `stopped` is not empty."""
-        end_s = timeout and time.monotonic() + timeout
+        end_s = None if timeout is None else time.monotonic() + timeout
         while not stopped:
             self._check_open()
-            over = end_s is not None and time.monotonic() >= end_s
-            task = self._look_everywhere(over)
-            if task is not None or over:
+            last = end_s is not None and time.monotonic() >= end_s
+            task = self._claim_despite_errors(last)
+            if task is not None or last:
                 return task
-            self._rest(end_s, stopped)
+            self._sleep_until_change(end_s, stopped)
         return None
 
-    def _look_everywhere(self, over: bool) -> FemtoTask | None:
+    def _claim_despite_errors(self, last: bool) -> FemtoTask | None:
         """The oldest task there is, or None; OSError if there may be one that cannot be had.
 
         Upon an error all is tried once more, for a passing fault must not change the order. What then
@@ -677,42 +681,43 @@ class FemtoQueue:
         is tried again when there is nothing else, and after a minute.
         """
         try:
-            task = self._look_and_claim(over, None)
+            task = self._refill_and_claim(last, None)
             if task is None and self._passed_over:
-                self._begin_anew()
+                self._start_over()
                 self._passed_over.clear()
-                task = self._look_and_claim(over, None)
+                task = self._refill_and_claim(last, None)
             return task
         except OSError:
-            self._begin_anew()
+            self._start_over()
         errors: list[OSError] = []
         try:
-            task = self._look_and_claim(over, errors)
-            if task is None and errors:
-                raise errors.pop(0)
+            task = self._refill_and_claim(last, errors)
+            if task is None:
+                _raise_first(errors)
             return task
         finally:
-            errors.clear()  # the frames in their tracebacks hold this list, and this object
+            errors.clear()  # or they would be a cycle, and keep this object
 
-    def _look_and_claim(self, over: bool, errors: list[OSError] | None) -> FemtoTask | None:
+    def _refill_and_claim(self, last: bool, errors: list[OSError] | None) -> FemtoTask | None:
         """Claim the oldest task; None if there is none, although what is due was made pending.
 
-        Errors are raised, or added to `errors`: so in all that this calls.
+        The `last` look, before the caller gets None, is for abandoned tasks as well. Errors are raised,
+        or added to `errors`: so in all that this calls.
         """
-        if self._clock.now() >= self._look_at_us:
-            self._bring_back(errors)
+        if self._clock.now() >= self._next_look_us:
+            self._refill_pending(errors)
         while True:
             task = self._claim_oldest(errors)
             if task is not None:
                 return task
             before = len(self._passed_over)  # what is passed over makes room in a batch for others
-            found = self._bring_back(errors) if over else self._promote(errors)
+            found = self._refill_pending(errors) if last else self._promote_due(errors)
             if not found and len(self._passed_over) == before:
                 return None
 
-    def _begin_anew(self) -> None:
+    def _start_over(self) -> None:
         self._listing = None
-        self._look_at_us = 0
+        self._next_look_us = 0
 
     def _pass_over(self, path: str, error: OSError, errors: list[OSError]) -> None:
         self._passed_over.add(path)
@@ -720,16 +725,16 @@ class FemtoQueue:
             errors.append(error)
             _log("%s; it is passed over", str(error))
 
-    def _rest(self, end_s: float | None, stopped: Sequence[int]) -> None:
+    def _sleep_until_change(self, end_s: float | None, stopped: Sequence[int]) -> None:
         """Sleep until there may be something to do; for a tenth of a second at most.
 
-        A change of the directories' times ends it. They are only trusted to come early: a filesystem's
-        time moves in steps, so what changed just now is listed again, and so is everything in the end.
+        A change of the directories' times ends it. That they are unchanged proves nothing, for a
+        filesystem's time moves in steps: so in the end everything is listed again.
         """
         listing = self._listing
         before = _modified(listing.directories) if listing else []
         steady = listing is not None and bool(before) and max(before) < listing.begun_s - 0.02
-        left_s = (self._look_at_us - self._clock.now()) / 1e6
+        left_s = (self._next_look_us - self._clock.now()) / 1e6
         if end_s is not None:
             left_s = min(left_s, end_s - time.monotonic())
         turns = int(left_s / _POLL_S) if steady else 0
@@ -741,15 +746,16 @@ class FemtoQueue:
     def _claim_oldest(self, errors: list[OSError] | None) -> FemtoTask | None:
         """Claim the oldest task there is; None if a listing begun here has nothing to claim."""
         tried: dict[str, int] = {}
-        task = self._claim_from(self._listing, tried, errors) if self._listing else None
+        task = self._claim_first_of(self._listing, tried, errors) if self._listing else None
         quiet = 0  # listings in a row with nothing new, but for what they hide
         while task is None and quiet < 3:
             before = sum(tried.values())
-            # What is stamped in the future twice over comes from a machine whose clock is ahead.
+            # Twice there was nothing but what is stamped in the future: by a machine whose clock is
+            # ahead. Take it as it is.
             horizon_us = None if quiet == 2 else self._clock.now()
             self._listing = None  # should the next one fail, this one is not gone on with
             listing = self._listing = _Listing(self._dirs["pending"], horizon_us)
-            task = self._claim_from(listing, tried, errors)
+            task = self._claim_first_of(listing, tried, errors)
             if sum(tried.values()) > before or listing.skipped:
                 quiet = 0
             elif listing.hides:
@@ -758,7 +764,7 @@ class FemtoQueue:
                 break
         return task
 
-    def _claim_from(
+    def _claim_first_of(
         self, listing: _Listing, tried: dict[str, int], errors: list[OSError] | None
     ) -> FemtoTask | None:
         """Claim the first task of a listing that can be had; None if there is none."""
@@ -792,7 +798,7 @@ class FemtoQueue:
             age_us = (self._clock.now() if pending else _wall_us()) - start_us
             period_us = _BUCKET_US if pending else _CLOSE_US
             if age_us > _LINGER_US + (0 if start_us % period_us else period_us):
-                # One for old tasks that come back has an old name from the start.
+                # That of returned tasks has an old name from the start, so look when it was last used.
                 used_s = _modified([bucket])
                 if used_s and abs(time.time() - used_s[0]) * 1e6 > _LINGER_US:
                     _remove_directory(bucket)
@@ -811,13 +817,7 @@ class FemtoQueue:
             if self.max_attempts is not None and used >= self.max_attempts:
                 self._fail_unclaimed(source, id)
                 return None
-            durable = not self.sync_after_write or self._own_dir_is_durable
-            made = self._own_dirs_made
-            claimed = durable and _rename(source, path)
-            # What is missing? To look for `source` would wait for those who rename beside it.
-            if not claimed and self._make_own_directory(made):
-                claimed = _rename(source, path)
-            if not claimed:
+            if not self._rename_claim(source, path):
                 self._unsure.add(claim)  # it may be done all the same, and the answer lost on a network
                 self._note_miss(claim)
                 return None
@@ -827,9 +827,9 @@ class FemtoQueue:
             self._claimed_at_us = now_us
             if self._unsure:
                 self._unsure.discard(claim)
-            task = self._load(path, id, attempt)
+            task = self._read_and_check(path, id, attempt)
             if task is not None:
-                task._from = directory
+                task._claimed_from = directory
             return task
         except BaseException as error:
             # It was not delivered: back as it was, now, or at the next look, or after the lease.
@@ -846,18 +846,25 @@ class FemtoQueue:
         """The file name of a claim whose lease begins now."""
         return _format(id, attempt, now_us + self._lease_us)
 
+    def _rename_claim(self, source: str, path: str) -> bool:
+        """Rename a task into our own directory, made if it has to be; False if the task is gone."""
+        made = self._own_dirs_made
+        if self._own_dir_is_ready and _rename(source, path):
+            return True
+        # Which of the two is missing? To look for `source` would wait for those who rename beside it.
+        return self._make_own_directory(made) and _rename(source, path)
+
     def _make_own_directory(self, made: int) -> bool:
-        """Make what an idle worker removes; False if it was there already when `made` were made."""
+        """Make what an idle worker removes; False if it is there, and was when `made` were made."""
         with self._own_dir_lock:  # another thread must not claim before the directory is on disk
-            durable = self._own_dir_is_durable or not self.sync_after_write
-            if durable and os.path.isdir(self._own_dir):
+            if self._own_dir_is_ready and os.path.isdir(self._own_dir):
                 return made != self._own_dirs_made
-            self._own_dir_is_durable = False
+            self._own_dir_is_ready = False
             _make_directory(self._own_dir)
             self._own_dirs_made += 1
             if self.sync_after_write:
-                _sync(self._dirs["in_progress"])
-                self._own_dir_is_durable = True
+                _sync_directories(self._dirs["in_progress"])
+            self._own_dir_is_ready = True
             return True
 
     def _note_miss(self, claim: str) -> None:
@@ -866,9 +873,9 @@ class FemtoQueue:
         if self._misses == 1:
             return  # one stale name is no contention yet
         if not self._has_company:
-            for owner in _list(self._dirs["in_progress"]):
-                if _is_owner_name(owner.name):
-                    self._note_other_owner(owner.name)
+            for entry in _list(self._dirs["in_progress"]):
+                if owner := _parse_owner(entry.name):
+                    self._note_other_owner(owner)
         # Worker processes all try the same oldest name. Those skipped are found by the next listing.
         if self._listing and self._has_company:
             self._listing.skip(1 + zlib.crc32(claim.encode()) % 4 ** (self._misses - 1))
@@ -887,11 +894,11 @@ class FemtoQueue:
         if not _rename(path, target) and _make_directory(self._dirs[state]):
             _rename(path, target)
 
-    def _load(self, path: str, id: str, attempt: int) -> FemtoTask | None:
+    def _read_and_check(self, path: str, id: str, attempt: int) -> FemtoTask | None:
         """Read and check a claimed file; None if it was broken and is in corrupt/ now."""
         descriptor = os.open(path, _READ_FLAGS)
         try:
-            if (attempt > 1 or self._has_hosts) and self._is_finished_too(descriptor, id):
+            if (attempt > 1 or self._has_hosts) and self._has_finished_twin(descriptor, id):
                 _unlink(path)
                 return None
             data: bytes | None = os.read(descriptor, _SMALL)
@@ -907,11 +914,11 @@ class FemtoQueue:
             return None
         task = FemtoTask(id, data, attempt, path)
         if begin:
-            task._begin = begin
+            task._payload_start = begin
             task._data = data and data[begin:]
         return task
 
-    def _is_finished_too(self, descriptor: int, id: str) -> bool:
+    def _has_finished_twin(self, descriptor: int, id: str) -> bool:
         """Does the claimed file lie in done/ or failed/ as well?
 
         Healing a distributed filesystem can leave a renamed file under both names. To rename it onto
@@ -935,10 +942,11 @@ class FemtoQueue:
 
     def _finish(self, task: FemtoTask, state: str, keep: bool) -> None:
         self._check_task(task)
+        directory = self._dirs[state]
         if keep:
-            self._leave(task, state, f"{self._dirs[state]}/{task.id}", (self._dirs[state],))
+            self._leave_in_progress(task, state, f"{directory}/{task.id}", (directory,))
         else:
-            self._leave(task, state, None, ())
+            self._leave_in_progress(task, state, None, ())
 
     def retry(self, task: FemtoTask, delay_ms: float = 0) -> None:
         """Have `task` delivered again, now at its old place or after a delay, which survives restarts.
@@ -950,19 +958,24 @@ class FemtoQueue:
         if self.max_attempts is not None and task.attempt >= self.max_attempts:
             self.fail(task)
         else:
-            self._give_back(task, int(delay_ms * 1_000))
+            self._put_back(task, int(delay_ms * 1_000))
 
-    def _give_back(self, task: FemtoTask, delay_us: int) -> None:
+    def _put_back(self, task: FemtoTask, delay_us: int) -> None:
         if delay_us:
             state, time_us = "scheduled", _wall_us() + delay_us
             name = _format(task.id, task.attempt, time_us)
         else:
-            state, time_us = "pending", _time_us(task.id)
+            state, time_us = "pending", _time_of(task.id)
             name = _format(task.id, task.attempt)
-        bucket = self._take_bucket(state, time_us, back=True)
+        bucket = self._bucket_for(state, time_us, returning=True)
+        if bucket.made and not os.path.isdir(bucket.path):  # removed, as in _put_into_bucket
+            bucket = self._buckets[state, True] = self._new_bucket(state, time_us, bucket)
         if self.sync_after_write:
-            bucket.prepare()
-        self._leave(task, f"retry after {delay_us} us", f"{bucket.path}/{name}", bucket.directories())
+            bucket.make_durable()
+        self._leave_in_progress(
+            task, f"retry after {delay_us} us", f"{bucket.path}/{name}", bucket.to_sync()
+        )
+        bucket.made = True
         self._forget_listings()
 
     def touch(self, task: FemtoTask) -> None:
@@ -988,25 +1001,29 @@ class FemtoQueue:
                     raise ValueError(f"task: {task.id} is of another queue, not of {self!r}") from None
                 raise
 
-    def _leave(
+    def _leave_in_progress(
         self, task: FemtoTask, verdict: str, target: str | None, directories: tuple[str, ...]
     ) -> None:
         """Take `task` out of in_progress/: to `target`, or away. Then sync the directories touched."""
         again = False
-        if task._verdict and task._verdict[0] == verdict:  # the same call raised: go on where it ended
-            again, (_, target, directories) = True, task._verdict
+        if (
+            task._half_done and task._half_done[0] == verdict
+        ):  # the same call raised: go on where it ended
+            again, (_, target, directories) = True, task._half_done
+        elif task._moved:
+            raise NotInProgress(f"{task.id} was moved by the call that raised; make that one again")
         try:
             if not (again and task._moved):
                 self._move_claim(task, target, again)
                 task._moved = True
             if self.sync_after_write:
                 self._sync_unsynced()
-                source = task._from or os.path.dirname(task.path)
-                _sync(*dict.fromkeys((source, os.path.dirname(task.path), *directories)))
+                source = task._claimed_from or os.path.dirname(task.path)
+                _sync_directories(*dict.fromkeys((source, os.path.dirname(task.path), *directories)))
         except NotInProgress:
             raise
         except BaseException:
-            task._verdict = (verdict, target, directories)
+            task._half_done = (verdict, target, directories)
             raise
         task._finished = True
 
@@ -1025,7 +1042,7 @@ class FemtoQueue:
                 raise
             if target and _make_directory(os.path.dirname(target)):  # somebody had removed it
                 self._note_unsynced(os.path.dirname(os.path.dirname(target)))
-        raise _gone(target or task.path)
+        raise _not_found(target or task.path)
 
     def _sync_unsynced(self) -> None:
         """Sync both sides of the renames that were left to be synced.
@@ -1036,7 +1053,7 @@ class FemtoQueue:
         with self._sync_lock:  # another thread must not return before what this one took up is on disk
             unsynced, self._unsynced = self._unsynced, {}
             try:
-                _sync(*unsynced)
+                _sync_directories(*unsynced)
             except BaseException:
                 self._unsynced = unsynced | self._unsynced
                 raise
@@ -1055,7 +1072,7 @@ class FemtoQueue:
         if owner and path:
             return path
         if not _exists(self._dirs["in_progress"]):  # unmounted, or moved away: that tells nothing
-            raise _gone(self._dirs["in_progress"])
+            raise _not_found(self._dirs["in_progress"])
         raise NotInProgress(
             f"{task.id}: attempt {task.attempt} is not in progress; it was finished already, "
             "or its lease ran out (a longer timeout_stale_ms, or touch(), prevents that)"
@@ -1063,62 +1080,78 @@ class FemtoQueue:
 
     # --- back: due tasks, dead and hung workers ---------------------------------------------------
 
-    def _bring_back(self, errors: list[OSError] | None) -> bool:
+    def _refill_pending(self, errors: list[OSError] | None) -> bool:
         """Bring back what is due or abandoned; tell if anything became pending."""
         now_us = self._clock.now()
         self._listing = None  # another process may have put a task back at its old place
-        self._look_at_us = now_us + _LOOK_US
-        if now_us >= self._sweep_at_us:
-            self._sweep_at_us = now_us + _SWEEP_US
+        self._next_look_us = now_us + _LOOK_US
+        if now_us >= self._next_sweep_us:
+            self._next_sweep_us = now_us + _SWEEP_US
             self._passed_over.clear()
             self._sweep(now_us, errors)
-        recovered = self._recover(now_us, errors)
-        return self._promote(errors) or recovered
+        recovered = self._recover_abandoned(now_us, errors)
+        return self._promote_due(errors) or recovered
 
-    def _recover(self, now_us: int, errors: list[OSError] | None) -> bool:
-        """Take back claims of owners that are gone, never delivered ones, and those out of lease."""
+    def _recover_abandoned(self, now_us: int, errors: list[OSError] | None) -> bool:
+        """Make the tasks of owners that are gone, and of those that hang, pending; tell if any was."""
         back: list[tuple[str, str]] = []
         self._has_company = False
-        for owner in _list(self._dirs["in_progress"], errors):
-            if not _is_owner_name(owner.name) or not owner.is_dir(follow_symlinks=False):
-                continue
-            if owner.path in self._passed_over:
-                continue
-            self._note_other_owner(owner.name)
-            mine = owner.name == self._owner
-            alive = _is_alive(owner.name, self.node_id)
-            unsure = set(self._unsure) if mine else set()
-            try:
-                names = _names(owner.path)
-            except OSError as error:
-                if errors is None:
-                    raise
-                self._pass_over(owner.path, error, errors)
-                continue
-            self._unsure -= unsure.difference(names)
-            for name in names:
-                path = f"{owner.path}/{name}"
-                if (parsed := _parse(name)) and path not in self._passed_over:
-                    id, used, deadline_us = parsed
-                    undelivered = name in unsure
-                    if undelivered or alive is False or deadline_us < now_us:
-                        back.append((_format(id, used - 1 if undelivered else used), path))
-            idle = mine and now_us - self._claimed_at_us > _LINGER_US
-            if not names and (idle or alive is False):
-                _remove_directory(owner.path)
+        for entry in _list(self._dirs["in_progress"], errors):
+            if (owner := _parse_owner(entry.name)) and entry.is_dir(follow_symlinks=False):
+                self._note_other_owner(owner)
+                back += self._find_abandoned(entry, now_us, errors)
         return self._make_pending(sorted(back)[:_BATCH], errors)
 
-    def _note_other_owner(self, owner: str) -> None:
-        """Remember if there are other processes that claim tasks, and other machines."""
-        process, ours = owner.split("~")[1:4], self._owner.split("~")[1:4]  # PID, start, place
-        self._has_company |= process != ours
-        self._has_hosts |= process[2] != ours[2]
+    def _find_abandoned(
+        self, owner: os.DirEntry[str], now_us: int, errors: list[OSError] | None
+    ) -> list[tuple[str, str]]:
+        """Which claims nobody works on: the name that each has in pending/, and its path."""
+        mine = owner.name == self._owner
+        alive = _is_alive(owner.name, self.node_id)
+        unsure = set(self._unsure) if mine else set()
+        names = self._names_unless_passed_over(owner.path, errors)
+        if names is None:
+            return []
+        self._unsure -= unsure.difference(names)  # they did not come about
+        back = []
+        for name in names:
+            path = f"{owner.path}/{name}"
+            if (parsed := _parse(name)) and path not in self._passed_over:
+                id, used, deadline_us = parsed
+                undelivered = name in unsure
+                if undelivered or alive is False or deadline_us < now_us:
+                    back.append((_format(id, used - 1 if undelivered else used), path))
+        idle = mine and now_us - self._claimed_at_us > _LINGER_US
+        if not names and (idle or alive is False):
+            _remove_directory(owner.path)
+        return back
 
-    def _promote(self, errors: list[OSError] | None) -> bool:
+    def _names_unless_passed_over(
+        self, directory: str, errors: list[OSError] | None
+    ) -> list[str] | None:
+        """The files in a directory; None if it cannot be read."""
+        if directory in self._passed_over:
+            return None
+        try:
+            return _names(directory)
+        except OSError as error:
+            if errors is None:
+                raise
+            self._pass_over(directory, error, errors)
+            return None
+
+    def _note_other_owner(self, owner: tuple[str, int, str, str, str]) -> None:
+        """Remember if there are other processes that claim tasks, and other machines."""
+        _, pid, start, place, _ = owner
+        me = _identity()
+        self._has_company |= (pid, start, place) != (me.pid, me.start, me.place)
+        self._has_hosts |= place != me.place
+
+    def _promote_due(self, errors: list[OSError] | None) -> bool:
         """Make due tasks pending, earliest first; tell if there were any."""
         now_us = _wall_us()
         due, next_due_us = self._find_due(now_us, errors)
-        self._look_at_us = min(self._look_at_us, self._clock.now() + max(0, next_due_us - now_us))
+        self._next_look_us = min(self._next_look_us, self._clock.now() + max(0, next_due_us - now_us))
         return self._make_pending([(name, path) for _, name, path in sorted(due)[:_BATCH]], errors)
 
     def _find_due(
@@ -1133,14 +1166,16 @@ class FemtoQueue:
         next_due_us = _MAX_US
         moved_closer = 0
         for entry in sorted(_list(top, errors), key=lambda entry: entry.name):
-            start_us = _time_us(entry.name)
+            start_us = _time_of(entry.name)
             if start_us > now_us:
                 next_due_us = min(next_due_us, start_us)
                 break
             if len(due) >= _BATCH:
                 continue  # the rest when these are gone, or at the next look
             if _is_bucket(entry):
-                directory, names = entry.path, _names(entry.path, errors)
+                directory, names = entry.path, self._names_unless_passed_over(entry.path, errors)
+                if names is None:
+                    continue
                 if not names:
                     self._remove_empty([directory])
             else:
@@ -1165,7 +1200,7 @@ class FemtoQueue:
         moved = 0
         try:
             for name, path in tasks:
-                moved += self._move_unclaimed(path, "pending", _time_us(name), name, errors)
+                moved += self._move_unclaimed(path, "pending", _time_of(name), name, errors)
         finally:
             if moved:
                 self._forget_listings()
@@ -1177,7 +1212,7 @@ class FemtoQueue:
     ) -> bool:
         """Rename a task that nobody claims; False if it is not there any more, or cannot be moved."""
         try:
-            bucket = self._put_into_bucket(path, state, time_us, name, back=True)
+            bucket = self._put_into_bucket(path, state, time_us, name, returning=True)
         except OSError as error:
             if os.name == "nt" and isinstance(error, PermissionError):
                 return False  # there, whoever works on the file keeps it from being renamed
@@ -1186,7 +1221,7 @@ class FemtoQueue:
             self._pass_over(path, error, errors)
             return False
         if bucket:
-            self._note_unsynced(os.path.dirname(path), *bucket.directories())
+            self._note_unsynced(os.path.dirname(path), *bucket.to_sync())
         return bucket is not None
 
     def _note_unsynced(self, *directories: str) -> None:
@@ -1204,13 +1239,13 @@ class FemtoQueue:
         """Delete what dead writers left half-written, and the empty directories of forgotten owners."""
         for entry in _list(self._dirs["creating"], errors):
             owner, _, stamp = entry.name.rpartition("~")
-            begun_us = _time_us(stamp)
-            if _is_owner_name(owner) and begun_us and _is_file(entry):
+            begun_us = _time_of(stamp)
+            if _parse_owner(owner) and begun_us and _is_file(entry):
                 alive = _is_alive(owner, self.node_id)
                 if alive is False or (alive is None and now_us - begun_us > _ORPHAN_US):
                     _try(_unlink, entry.path)
         for entry in _list(self._dirs["in_progress"], errors):
-            if _is_owner_name(entry.name) and _is_alive(entry.name, self.node_id) is None:
+            if _parse_owner(entry.name) and _is_alive(entry.name, self.node_id) is None:
                 info = _lstat(entry.path)
                 if info and _wall_us() - info.st_mtime_ns // 1_000 > _ORPHAN_US:
                     _remove_directory(entry.path)
@@ -1268,7 +1303,7 @@ class FemtoQueue:
             if entry.name > until:
                 continue
             if state == "in_progress":
-                inner = _is_owner_name(entry.name) and entry.is_dir(follow_symlinks=False)
+                inner = bool(_parse_owner(entry.name)) and entry.is_dir(follow_symlinks=False)
             else:
                 inner = state in _BUCKETED and _is_bucket(entry)
             if inner:
@@ -1314,9 +1349,9 @@ class FemtoQueue:
         """
         self._check_open()
         for _, path in self._find(id, ("failed", "corrupt", "done")):
-            if bucket := self._put_into_bucket(path, "pending", _time_us(id), id, back=True):
+            if bucket := self._put_into_bucket(path, "pending", _time_of(id), id, returning=True):
                 self._forget_listings()
-                return self._confirm("requeue", id, os.path.dirname(path), *bucket.directories())
+                return self._confirm("requeue", id, os.path.dirname(path), *bucket.to_sync())
         return self._confirm("requeue", id)
 
     def _confirm(self, call: str, id: str, *touched: str) -> bool:
@@ -1324,7 +1359,7 @@ class FemtoQueue:
         touched += self._unconfirmed.pop((call, id), ())
         if self.sync_after_write and touched:
             try:
-                _sync(*touched)
+                _sync_directories(*touched)
             except BaseException:
                 self._unconfirmed[call, id] = touched
                 raise
@@ -1347,7 +1382,9 @@ class FemtoQueue:
                 if finished_s <= until_s:
                     count += _unlink(entry.path)
         if self.sync_after_write:
-            _sync(self._dirs[state])  # even if there was nothing: the call before may have failed here
+            _sync_directories(
+                self._dirs[state]
+            )  # even if there was nothing: the call before may have failed here
         return count
 
     def join(self, timeout: float | None = None) -> bool:
@@ -1370,7 +1407,7 @@ class FemtoQueue:
 
     def close(self) -> None:
         """Give back what was claimed and not finished. Other calls raise FemtoQueueError then."""
-        if self._given_back:
+        if self._all_given_back:
             return
         self._become_another_owner()
         self._closed = True
@@ -1380,24 +1417,21 @@ class FemtoQueue:
         claims = [(name, claim) for name in _names(self._own_dir) if (claim := _parse(name))]
         back = [(_format(id, used), f"{self._own_dir}/{name}") for name, (id, used, _) in claims]
         self._make_pending(back, errors)
-        if errors:
-            del errors[1:]
-            raise errors.pop()  # out of the list: it holds this frame, and this object
-        self._sync_unsynced()
+        _raise_first(errors)
         _remove_directory(self._own_dir)
-        self._given_back = True
+        self._all_given_back = True
 
     def _check_open(self) -> None:
         if self._closed:
             raise FemtoQueueError(f"{self!r} is closed; make a new one")
-        if self._process != _process_count:
+        if self._generation != _generation:
             self._become_another_owner()
 
     def _become_another_owner(self) -> None:
         """Claim as oneself, if this process was forked from the one that made this object."""
         with _fork_lock:  # another thread may have done it by now
-            if self._process != _process_count:
-                self._begin_in_this_process()
+            if self._generation != _generation:
+                self._become_new_owner()
 
     def __enter__(self) -> FemtoQueue:
         self._check_open()
@@ -1435,7 +1469,9 @@ class FemtoQueue:
         count = 0
         try:
             with _StopOnSignals() as signals:
-                while not signals and (task := self._search(0.0 if until_empty else None, signals)):
+                while not signals and (
+                    task := self._wait_and_claim(0.0 if until_empty else None, signals)
+                ):
                     current[:] = [task]
                     try:
                         count += self._handle(task, handler)
@@ -1472,7 +1508,7 @@ class FemtoQueue:
         except BaseException:
             try:
                 if not task._finished and os.getpid() == pid:
-                    self._give_back(task, 0)
+                    self._put_back(task, 0)
             except NotInProgress:
                 pass  # it was finished before the exception came
             raise
@@ -1518,7 +1554,7 @@ def _parse(name: str) -> tuple[str, int, int] | None:
     return id, int(used), int(time_text or stamp)
 
 
-def _time_us(name: str) -> int:
+def _time_of(name: str) -> int:
     """The time that the name of a task or a bucket begins with; 0 for other names."""
     digits = name[:16]
     return int(digits) if _is_digits(digits, 16) else 0
@@ -1632,15 +1668,15 @@ class _Bucket:
     def accepts(self, time_us: int) -> bool:
         return self.start_us <= time_us < self.end_us and self.used < self.room
 
-    def prepare(self) -> None:
+    def make_durable(self) -> None:
         """Make sure that no task is moved below a directory that a power cut would take away."""
         if not self.durable:
             _make_directory(self.path)
-            _sync(self.parent)
+            _sync_directories(self.parent)
             self.made = True
             self.durable = not self.shared  # which another producer may have made just now
 
-    def directories(self) -> tuple[str, ...]:
+    def to_sync(self) -> tuple[str, ...]:
         """What to sync after a task was put here."""
         return (self.path,) if self.durable else (self.path, self.parent)
 
@@ -1710,6 +1746,7 @@ class _Listing:
                 self.empty.append(bucket)
             self._take_up(names, bucket)
         next_bucket = self._buckets[-1] if self._buckets else "~"
+        # The usual case at once: all of them.
         cut = 0 if self._hand and self._hand[0][0] < next_bucket else len(self._hand)
         while cut and self._hand[cut - 1][0] < next_bucket:  # nothing in there is older
             cut -= 1
@@ -1770,7 +1807,7 @@ def _lstat(path: str) -> os.stat_result | None:
 
 
 def _try(call: Callable[..., object], *arguments: object) -> None:
-    """Clean up if that can be helped: what led here is what counts."""
+    """For clean-up that may fail."""
     try:
         call(*arguments)
     except OSError:
@@ -1802,13 +1839,18 @@ def _names(directory: str, errors: list[OSError] | None = None) -> list[str]:
         return []
 
 
-def _raise_unless_hidden(errors: list[OSError]) -> None:
-    """What other users keep to themselves has to be left out."""
+def _raise_unless_permission(errors: list[OSError]) -> None:
+    """Raise the first error but for those about what other users keep to themselves."""
     others = [error for error in errors if not isinstance(error, PermissionError)]
     errors.clear()
-    if others:
-        del others[1:]
-        raise others.pop()  # held by no list that its traceback holds: that would be a cycle
+    _raise_first(others)
+
+
+def _raise_first(errors: list[OSError]) -> None:
+    """Raise the first error, if there is one, and forget all: their tracebacks hold this very list."""
+    del errors[1:]
+    if errors:
+        raise errors.pop()
 
 
 def _find_claim(directory: str, id: str, attempt: int) -> str | None:
@@ -1849,7 +1891,7 @@ def _remove_directory(path: str) -> None:
     _try(os.rmdir, path)
 
 
-def _sync(*directories: str) -> None:
+def _sync_directories(*directories: str) -> None:
     """Make what was created in, renamed into or out of these directories survive a power cut."""
     if os.name == "nt" or sys.platform == "win32":  # the second one is what type checkers know
         return  # a directory cannot be opened there
@@ -1857,7 +1899,9 @@ def _sync(*directories: str) -> None:
         try:
             descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
         except FileNotFoundError:
-            _sync(os.path.dirname(directory))  # a bucket that was emptied and removed meanwhile
+            _sync_directories(
+                os.path.dirname(directory)
+            )  # a bucket that was emptied and removed meanwhile
             continue
         try:
             os.fsync(descriptor)
@@ -1916,7 +1960,7 @@ class _Clock:
     def stamp(self) -> int:
         """A time above all that this process has stamped: should the clock be frozen, order is not."""
         with self.lock:
-            now_us = int(time.monotonic() * 1e6) + self.offset_us
+            now_us = _monotonic_us() + self.offset_us
             if now_us <= self._last_us:
                 now_us = self._last_us + 1
             self._last_us = now_us
@@ -1956,7 +2000,7 @@ class _Identity:
 
     def __init__(self) -> None:
         self.pid = os.getpid()
-        itself = _process("self")
+        itself = _read_process("self")
         self.start = itself[2] if itself else "0"
         boot = _read_text("/proc/sys/kernel/random/boot_id")
         if boot:
@@ -2005,15 +2049,19 @@ def _namespace(kind: str) -> str:
     return "".join(filter(str.isdigit, _read_link(f"/proc/self/ns/{kind}"))) or "0"
 
 
-def _process(pid: int | str) -> tuple[str, int, str] | None:
+def _read_process(pid: int | str) -> tuple[str, int, str] | None:
     """State, number of threads and start time of a process; None if /proc does not tell: proc(5)."""
     fields = (_read_text(f"/proc/{pid}/stat") or "").rpartition(")")[2].split()
     return (fields[0], int(fields[17]), fields[19]) if len(fields) > 19 else None
 
 
-def _is_owner_name(name: str) -> bool:
+def _parse_owner(name: str) -> tuple[str, int, str, str, str] | None:
+    """node_id, PID, start time, place and token; None if this is not the name of an owner."""
     fields = name.split("~")
-    return len(fields) == 5 and all(fields) and _is_digits(fields[1]) and _is_digits(fields[2])
+    if len(fields) != 5 or not (all(fields) and _is_digits(fields[1]) and _is_digits(fields[2])):
+        return None
+    node_id, pid, start, place, token = fields
+    return node_id, int(pid), start, place, token
 
 
 def _is_alive(owner: str, node_id: str) -> bool | None:
@@ -2022,12 +2070,14 @@ def _is_alive(owner: str, node_id: str) -> bool | None:
     node_id is the judge's. Only proof counts: a process that is there, but whose start time /proc does
     not tell (hidepid, another user's container), is alive.
     """
-    node, pid_text, start, place, token = owner.split("~")
+    parsed = _parse_owner(owner)
+    if parsed is None:
+        return None
+    node, pid, start, place, token = parsed
     me = _identity()
     if place != me.place:  # another machine, boot or container; a node_id is in one place at a time
         known = "." in place and "." in me.place  # or /proc did not tell one of us where it is
         return False if node == node_id and known else None
-    pid = int(pid_text)
     if pid == me.pid and start == me.start:
         return owner in _owners if token.startswith(_interpreter) else None
     if os.name == "nt":
@@ -2039,7 +2089,7 @@ def _is_alive(owner: str, node_id: str) -> bool | None:
     except (OSError, OverflowError):
         pass  # not permitted: it is there
     try:
-        seen = _process(pid) if me.sees_processes else None
+        seen = _read_process(pid) if me.sees_processes else None
     except OSError:
         return True  # unknown
     if seen is None:
@@ -2052,7 +2102,7 @@ def _is_alive(owner: str, node_id: str) -> bool | None:
 
 _me: _Identity | None = None
 _fork_lock = _thread.RLock()
-_process_count = 0  # how many forks away this process is from the one that imported this module
+_generation = 0  # how many forks away this process is from the one that imported this module
 _forks = 0  # of this process: tasks popped before one are held by the other process as well
 # The objects of all copies of this file in this interpreter, for several libraries may have vendored
 # it. Other interpreters of this process have objects that we know nothing of: hence the tag.
@@ -2068,10 +2118,10 @@ def _identity() -> _Identity:
     return _me
 
 
-def _bring_back_soon(root: str) -> None:
+def _look_soon(root: str) -> None:
     """An object of this process is gone: its tasks come back at the next pop of any other."""
     for queue in _objects_on(root):
-        queue._look_at_us = 0
+        queue._next_look_us = 0
 
 
 def _objects_on(root: str) -> list[FemtoQueue]:
@@ -2086,14 +2136,14 @@ def _note_fork() -> None:
     _forks += 1
 
 
-def _begin_in_child() -> None:
+def _note_fork_in_child() -> None:
     """After a fork: the child is another owner, and no lock may stay held by a thread it lacks.
 
     Each object becomes that owner at its next call, which can raise what goes wrong then.
     """
-    global _me, _process_count, _fork_lock
+    global _me, _generation, _fork_lock
     _me = None
-    _process_count += 1
+    _generation += 1
     _note_fork()
     _fork_lock = _thread.RLock()
     _owners.clear()
@@ -2102,13 +2152,13 @@ def _begin_in_child() -> None:
 
 
 if sys.platform != "win32":
-    os.register_at_fork(after_in_parent=_note_fork, after_in_child=_begin_in_child)
+    os.register_at_fork(after_in_parent=_note_fork, after_in_child=_note_fork_in_child)
 
 
 # --- arguments ----------------------------------------------------------------------------------------
 
 
-def _payload(data: object) -> bytes:
+def _as_bytes(data: object) -> bytes:
     if isinstance(data, bytes):
         return data
     if isinstance(data, str):
@@ -2136,7 +2186,7 @@ def _check_node_id(node_id: object) -> None:
         raise ValueError(f"node_id: {node_id!r} is longer than 64 bytes; use a shorter name")
 
 
-def _due_us(time_us: int | datetime.datetime) -> int:
+def _as_due_us(time_us: int | datetime.datetime) -> int:
     import datetime
 
     if isinstance(time_us, int):
@@ -2160,7 +2210,7 @@ def _due_us(time_us: int | datetime.datetime) -> int:
 def _check_number(name: str, value: float, least: float, most: float, unit: str) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name}: expected a number of {unit}, got {type(value).__name__}")
-    if not least <= value <= most or (isinstance(value, int) and value > 1e300):  # no float is above
+    if not least <= value <= most or (isinstance(value, int) and value > 1e300):  # no float holds it
         raise ValueError(f"{name}: {value} is not between {least:g} and {most:g} ({unit})")
 
 
@@ -2199,7 +2249,7 @@ def _check_state(state: str, states: Sequence[str]) -> None:
 # --- errors -------------------------------------------------------------------------------------------
 
 
-def _gone(path: str) -> FileNotFoundError:
+def _not_found(path: str) -> FileNotFoundError:
     return FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), path)
 
 
@@ -2363,7 +2413,7 @@ def _report(queue: FemtoQueue) -> dict[str, list[dict[str, object]]]:
         for id, time_us, directory in queue._walk(state):
             count += 1
             if oldest_s is None:
-                oldest_s = (now_us - (time_us if state == "scheduled" else _time_us(id))) / 1e6
+                oldest_s = (now_us - (time_us if state == "scheduled" else _time_of(id))) / 1e6
             if state == "in_progress":
                 deadlines_us.setdefault(os.path.basename(directory), []).append(time_us)
         states.append({"state": state, "count": count, "oldest_s": oldest_s})
@@ -2425,14 +2475,14 @@ def _command_schedule(options: argparse.Namespace) -> int:
     import datetime
 
     if options.when.startswith("+"):
-        due_us = _due_us(_wall_us() + int(_seconds(options.when[1:]) * 1_000_000))
+        due_us = _as_due_us(_wall_us() + int(_seconds(options.when[1:]) * 1_000_000))
     else:
         try:
             due = datetime.datetime.fromisoformat(options.when.removesuffix("Z"))
         except ValueError:
             raise ValueError(f"{options.when!r} is no time; write 2030-01-31T08:00 or +10m") from None
         in_utc = options.when.endswith("Z")  # which Python 3.10 does not read
-        due_us = _due_us(due.replace(tzinfo=datetime.timezone.utc) if in_utc else due.astimezone())
+        due_us = _as_due_us(due.replace(tzinfo=datetime.timezone.utc) if in_utc else due.astimezone())
     print(_open(options)._add(_chunks(0), due_us))
     return 0
 
@@ -2469,7 +2519,7 @@ def _run_command(command: list[str], task: FemtoTask) -> int:
     import subprocess
 
     with open(task.path, "rb", buffering=0) as payload:
-        payload.seek(task._begin)
+        payload.seek(task._payload_start)
         # The claim is renamed when its lease is renewed; the open file has a name that stays.
         path = f"/proc/{os.getpid()}/fd/{payload.fileno()}"
         environment = {

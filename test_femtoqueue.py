@@ -6497,13 +6497,13 @@ q = FemtoQueue(sys.argv[1], "node")
 q.push_many([b"x"] * 4)
 pid = os.fork()
 if not pid:
-    begin, real = threading.Barrier(4), q._begin_in_this_process
+    begin, real = threading.Barrier(4), q._become_new_owner
 
     def slowly():
         time.sleep(0.05)
         real()
 
-    q._begin_in_this_process = slowly
+    q._become_new_owner = slowly
     threads = [threading.Thread(target=lambda: (begin.wait(), q.pop())) for _ in range(4)]
     for thread in threads:
         thread.start()
