@@ -73,7 +73,9 @@ if TYPE_CHECKING:  # typing costs more to import than all the rest
     import threading
     import types
     from collections.abc import Callable, Iterable, Iterator, Sequence
-    from typing import Any
+    from typing import Any, TypeVar
+
+    T = TypeVar("T")
 
 __all__ = ["FemtoQueue", "FemtoQueueError", "FemtoTask", "NotInProgress", "STATES"]
 __version__ = "1.0.0"
@@ -99,6 +101,8 @@ _POLL_S = 0.009  # how long a call that waits sleeps at a time
 _ROUNDS = 4  # how often a call tries again; each needs another worker to have come in between
 _CHUNK = 1 << 20  # a larger payload is not kept in memory
 _SMALL = 4_096  # read at once; a larger buffer costs a page fault, asking for the size a system call
+# These are not about the file or directory that they name.
+_EVERYWHERE = (errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOMEM, errno.EMLINK)
 _WRITE_FLAGS = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
 # A FIFO or a link that carries a task's name must neither block the reader nor lead it elsewhere.
 _NO_FOLLOW = getattr(os, "O_NOFOLLOW", 0)
@@ -236,8 +240,11 @@ class FemtoQueue:
         self._closed = False
         self._all_given_back = False
         self._become_new_owner()
-        self._make_directories()
+        above = self._make_directories()
         self._clock = self._open_clock()
+        if self.sync_after_write:
+            # Whoever made the first two need not have been durable.
+            _sync_directories(*dict.fromkeys((os.path.dirname(self._root), self._root, *above)))
         weakref.finalize(self, _look_soon, self._root).atexit = False
 
     def _become_new_owner(self) -> None:
@@ -258,7 +265,8 @@ class FemtoQueue:
         self._has_hosts = False  # other machines or containers among them
         # Claims that may exist though pop() did not return them: an error came, or an answer was lost.
         self._unsure: set[str] = set()
-        self._passed_over: set[str] = set()  # paths that could not be read or moved, lately
+        # Paths that could not be read or moved, lately. A set that lies here is not changed any more.
+        self._passed_over: set[str] = set()
         self._claimed_at_us = 0
         self._next_look_us = 0
         self._next_sweep_us = 0
@@ -271,10 +279,9 @@ class FemtoQueue:
         self._generation = _generation
         _owners[self._owner] = self
 
-    def _make_directories(self) -> None:
-        # Whoever made the first two need not have been durable.
-        touched = [os.path.dirname(self._root), self._root]
-        touched += map(os.path.dirname, _make_directory(self._root))
+    def _make_directories(self) -> list[str]:
+        """Make what is missing; return the directories that lead to ours and changed."""
+        made = _make_directory(self._root)
         for state, directory in self._dirs.items():
             if state != "in_progress":
                 _make_directory(directory)
@@ -282,8 +289,7 @@ class FemtoQueue:
             self._adopt_original()
             # Last: as long as it is missing, whoever opens the directory adopts again.
             _make_directory(self._dirs["in_progress"])
-        if self.sync_after_write:
-            _sync_directories(*dict.fromkeys(touched))
+        return [os.path.dirname(path) for path in made]
 
     def _adopt_original(self) -> None:
         """Take over a directory of the original femtoqueue 0.3 or 0.4, tasks in progress included.
@@ -419,23 +425,25 @@ class FemtoQueue:
         return [id for _, _, id in drafts]
 
     def _write_many(self, items: Iterable[object], drafts: list[tuple[str, int, str]]) -> None:
-        """Write a new file for each item, for good, and note each in `drafts` at once."""
+        """Write a new file for each item, for good, and note each in `drafts` beforehand."""
         unsynced: list[int] = []
         try:
             for item in items:
                 if self.maxsize:
                     self._take_room(len(drafts))
+                data = _as_bytes(item)
                 time_us = self._clock.stamp()
                 stem = self._new_stem(time_us)
                 path = self._creating + stem
-                crc = self._write(path, (_as_bytes(item),), unsynced)
-                drafts.append((path, time_us, f"{stem}.{crc:08x}"))
+                drafts.append((path, time_us, f"{stem}.{zlib.crc32(data):08x}"))
+                unsynced.append(os.open(path, _WRITE_FLAGS, 0o666))
+                _write_all(unsynced[-1], data)
                 if len(unsynced) == 100:
                     _sync_files(unsynced)
             _sync_files(unsynced)
         finally:
             for descriptor in unsynced:
-                os.close(descriptor)
+                _try(os.close, descriptor)
 
     def push_file(self, path: str | os.PathLike[str], *, move: bool = False) -> str:
         """Push the content, of any size, of a regular file that nobody writes to any more.
@@ -526,23 +534,15 @@ class FemtoQueue:
         """An id but for its checksum."""
         return "%016d_%s%06x" % (time_us, self._producer, next(self._count))
 
-    def _write(self, path: str, chunks: Iterable[bytes], unsynced: list[int] | None = None) -> int:
-        """Write a new file, for good; return its CRC-32.
-
-        With a list, its descriptor is left in there, to be synced and closed with others.
-        """
+    def _write(self, path: str, chunks: Iterable[bytes]) -> int:
+        """Write a new file, for good; return its CRC-32."""
         descriptor = os.open(path, _WRITE_FLAGS, 0o666)
         try:
             try:
                 crc = 0
                 for chunk in chunks:
                     crc = zlib.crc32(chunk, crc)
-                    written = os.write(descriptor, chunk)
-                    while written < len(chunk):
-                        written += os.write(descriptor, memoryview(chunk)[written:])
-                if unsynced is not None:
-                    unsynced.append(descriptor)
-                    return crc
+                    _write_all(descriptor, chunk)
                 if self.sync_after_write:
                     os.fsync(descriptor)
             except BaseException:
@@ -655,7 +655,7 @@ class FemtoQueue:
         listing = self._listing
         if listing and now_us < self._next_look_us and not self._passed_over:  # the usual case
             try:
-                if (found := listing.next()) and (task := self._claim(*found, now_us)):
+                if (found := listing.next()) and (task := self._claim(*found, now_us, listing)):
                     return task
             except OSError:
                 self._start_over()
@@ -681,49 +681,49 @@ class FemtoQueue:
         is tried again when there is nothing else, and after a minute.
         """
         try:
-            task = self._refill_and_claim(last, None)
-            if task is None and self._passed_over:
+            look = _Look(self._passed_over)
+            task = self._refill_and_claim(last, look)
+            if task is None and look.passed_over:
                 self._start_over()
-                self._passed_over.clear()
-                task = self._refill_and_claim(last, None)
+                self._passed_over = set()
+                task = self._refill_and_claim(last, _Look())
             return task
         except OSError:
             self._start_over()
+        self._passed_over = set()
         errors: list[OSError] = []
+        look = _Look(set(), errors)
         try:
-            task = self._refill_and_claim(last, errors)
+            task = self._refill_and_claim(last, look)
             if task is None:
                 _raise_first(errors)
+            self._passed_over = look.passed_over
             return task
+        except BaseException:
+            self._start_over()
+            raise
         finally:
             errors.clear()  # or they would be a cycle, and keep this object
 
-    def _refill_and_claim(self, last: bool, errors: list[OSError] | None) -> FemtoTask | None:
+    def _refill_and_claim(self, last: bool, look: _Look) -> FemtoTask | None:
         """Claim the oldest task; None if there is none, although what is due was made pending.
 
-        The `last` look, before the caller gets None, is for abandoned tasks as well. Errors are raised,
-        or added to `errors`: so in all that this calls.
+        The `last` look, before the caller gets None, is for abandoned tasks as well.
         """
         if self._clock.now() >= self._next_look_us:
-            self._refill_pending(errors)
+            self._refill_pending(look)
         while True:
-            task = self._claim_oldest(errors)
+            task = self._claim_oldest(look)
             if task is not None:
                 return task
-            before = len(self._passed_over)  # what is passed over makes room in a batch for others
-            found = self._refill_pending(errors) if last else self._promote_due(errors)
-            if not found and len(self._passed_over) == before:
+            before = len(look.passed_over)  # what is passed over makes room in a batch for others
+            found = self._refill_pending(look) if last or look.errors else self._promote_due(look)
+            if not found and len(look.passed_over) == before:
                 return None
 
     def _start_over(self) -> None:
         self._listing = None
         self._next_look_us = 0
-
-    def _pass_over(self, path: str, error: OSError, errors: list[OSError]) -> None:
-        self._passed_over.add(path)
-        if len(errors) < 10:  # of a million, each would hold its traceback
-            errors.append(error)
-            _log("%s; it is passed over", str(error))
 
     def _sleep_until_change(self, end_s: float | None, stopped: Sequence[int]) -> None:
         """Sleep until there may be something to do; for a tenth of a second at most.
@@ -743,10 +743,11 @@ class FemtoQueue:
             if stopped or not listing or _modified(listing.directories) != before:
                 break
 
-    def _claim_oldest(self, errors: list[OSError] | None) -> FemtoTask | None:
+    def _claim_oldest(self, look: _Look) -> FemtoTask | None:
         """Claim the oldest task there is; None if a listing begun here has nothing to claim."""
         tried: dict[str, int] = {}
-        task = self._claim_first_of(self._listing, tried, errors) if self._listing else None
+        listing = self._listing
+        task = self._claim_first_of(listing, tried, look) if listing else None
         quiet = 0  # listings in a row with nothing new, but for what they hide
         while task is None and quiet < 3:
             before = sum(tried.values())
@@ -754,8 +755,10 @@ class FemtoQueue:
             # ahead. Take it as it is.
             horizon_us = None if quiet == 2 else self._clock.now()
             self._listing = None  # should the next one fail, this one is not gone on with
-            listing = self._listing = _Listing(self._dirs["pending"], horizon_us)
-            task = self._claim_first_of(listing, tried, errors)
+            listing = _Listing(self._dirs["pending"], horizon_us, look.passed_over)
+            task = self._claim_first_of(listing, tried, look)
+            # Not before: what another thread took from it, and could not have, would not be tried here.
+            self._listing = listing
             if sum(tried.values()) > before or listing.skipped:
                 quiet = 0
             elif listing.hides:
@@ -765,11 +768,11 @@ class FemtoQueue:
         return task
 
     def _claim_first_of(
-        self, listing: _Listing, tried: dict[str, int], errors: list[OSError] | None
+        self, listing: _Listing, tried: dict[str, int], look: _Look
     ) -> FemtoTask | None:
         """Claim the first task of a listing that can be had; None if there is none."""
         while True:
-            path = self._dirs["pending"]
+            path = None
             try:
                 if (found := listing.next()) is None:
                     self._remove_empty(listing.empty)
@@ -779,16 +782,15 @@ class FemtoQueue:
                 times = tried.get(name, 0)
                 # Network filesystems list what is gone. Or another worker, who claimed it and could not
                 # read it, put it back: then it is tried once more, and no more, for they also lie.
-                if path in self._passed_over or times > 1 or (times and not _exists(path)):
+                if path in look.passed_over or times > 1 or (times and not _exists(path)):
                     continue
                 tried[name] = times + 1
-                task = self._claim(name, directory, self._clock.stamp())
+                task = self._claim(name, directory, self._clock.stamp(), listing)
                 if task is not None:
                     return task
             except OSError as error:
-                if errors is None:
+                if not look.passes_over(path or str(error.filename), error):
                     raise
-                self._pass_over(path, error, errors)
 
     def _remove_empty(self, buckets: list[str]) -> None:
         """Remove those that no producer may be about to use: a shared one when its period is over."""
@@ -803,7 +805,7 @@ class FemtoQueue:
                 if used_s and abs(time.time() - used_s[0]) * 1e6 > _LINGER_US:
                     _remove_directory(bucket)
 
-    def _claim(self, name: str, directory: str, now_us: int) -> FemtoTask | None:
+    def _claim(self, name: str, directory: str, now_us: int, listing: _Listing) -> FemtoTask | None:
         """Make one pending task this object's; None if another was quicker, or it cannot be run."""
         parsed = _parse(name)
         if parsed is None:
@@ -819,7 +821,7 @@ class FemtoQueue:
                 return None
             if not self._rename_claim(source, path):
                 self._unsure.add(claim)  # it may be done all the same, and the answer lost on a network
-                self._note_miss(claim)
+                self._note_miss(claim, listing)
                 return None
             self._check_open()  # close() gives back what it sees, and this may have come after it
             if self._misses:
@@ -833,6 +835,7 @@ class FemtoQueue:
             return task
         except BaseException as error:
             # It was not delivered: back as it was, now, or at the next look, or after the lease.
+            self._start_over()  # the listing has it no more
             self._unsure.add(claim)
             _try(_rename, path, source)
             # We were stopped for longer than the lease. Or, on Windows, another is just taking it.
@@ -861,13 +864,13 @@ class FemtoQueue:
                 return made != self._own_dirs_made
             self._own_dir_is_ready = False
             _make_directory(self._own_dir)
-            self._own_dirs_made += 1
             if self.sync_after_write:
                 _sync_directories(self._dirs["in_progress"])
             self._own_dir_is_ready = True
+            self._own_dirs_made += 1  # last: whoever sees the new number saw that it is ready
             return True
 
-    def _note_miss(self, claim: str) -> None:
+    def _note_miss(self, claim: str, listing: _Listing) -> None:
         """Another worker was quicker: skip names if that is likely to happen again."""
         self._misses = min(self._misses + 1, 4)
         if self._misses == 1:
@@ -877,8 +880,8 @@ class FemtoQueue:
                 if owner := _parse_owner(entry.name):
                     self._note_other_owner(owner)
         # Worker processes all try the same oldest name. Those skipped are found by the next listing.
-        if self._listing and self._has_company:
-            self._listing.skip(1 + zlib.crc32(claim.encode()) % 4 ** (self._misses - 1))
+        if self._has_company:
+            listing.skip(1 + zlib.crc32(claim.encode()) % 4 ** (self._misses - 1))
 
     def _fail_unclaimed(self, path: str, id: str) -> None:
         """Give up a task that nobody claims, as `fail` would."""
@@ -1010,8 +1013,6 @@ class FemtoQueue:
             task._half_done and task._half_done[0] == verdict
         ):  # the same call raised: go on where it ended
             again, (_, target, directories) = True, task._half_done
-        elif task._moved:
-            raise NotInProgress(f"{task.id} was moved by the call that raised; make that one again")
         try:
             if not (again and task._moved):
                 self._move_claim(task, target, again)
@@ -1037,7 +1038,7 @@ class FemtoQueue:
             except NotInProgress:
                 # Was it done all the same, and only the answer wrong? Over NFS: rename(2).
                 ours = (again and target) or self._is_still_ours(task)
-                if ours and (not target or _exists(target)):
+                if ours and not task._moved and (not target or _exists(target)):
                     return
                 raise
             if target and _make_directory(os.path.dirname(target)):  # somebody had removed it
@@ -1080,65 +1081,56 @@ class FemtoQueue:
 
     # --- back: due tasks, dead and hung workers ---------------------------------------------------
 
-    def _refill_pending(self, errors: list[OSError] | None) -> bool:
+    def _refill_pending(self, look: _Look) -> bool:
         """Bring back what is due or abandoned; tell if anything became pending."""
         now_us = self._clock.now()
         self._listing = None  # another process may have put a task back at its old place
         self._next_look_us = now_us + _LOOK_US
         if now_us >= self._next_sweep_us:
             self._next_sweep_us = now_us + _SWEEP_US
-            self._passed_over.clear()
-            self._sweep(now_us, errors)
-        recovered = self._recover_abandoned(now_us, errors)
-        return self._promote_due(errors) or recovered
+            self._passed_over = set()
+            self._sweep(now_us, look)
+        recovered = self._recover_abandoned(now_us, look)
+        return self._promote_due(look) or recovered
 
-    def _recover_abandoned(self, now_us: int, errors: list[OSError] | None) -> bool:
+    def _recover_abandoned(self, now_us: int, look: _Look) -> bool:
         """Make the tasks of owners that are gone, and of those that hang, pending; tell if any was."""
-        back: list[tuple[str, str]] = []
+        unsure = set(self._unsure)
+        owners = look.read(_list, self._dirs["in_progress"])
+        if owners is None:
+            return False
         self._has_company = False
-        for entry in _list(self._dirs["in_progress"], errors):
-            if (owner := _parse_owner(entry.name)) and entry.is_dir(follow_symlinks=False):
-                self._note_other_owner(owner)
-                back += self._find_abandoned(entry, now_us, errors)
-        return self._make_pending(sorted(back)[:_BATCH], errors)
+        back: list[tuple[str, str]] = []
+        for entry in owners:
+            owner = _parse_owner(entry.name)
+            if owner is None or not entry.is_dir(follow_symlinks=False):
+                continue
+            self._note_other_owner(owner)
+            names = look.read(_names, entry.path)
+            if entry.name == self._owner:
+                unsure.difference_update(unsure if names is None else names)
+            back += self._find_abandoned(entry, names or [], now_us, look)
+        self._unsure -= unsure  # they did not come about
+        return self._make_pending(sorted(back)[:_BATCH], look)
 
     def _find_abandoned(
-        self, owner: os.DirEntry[str], now_us: int, errors: list[OSError] | None
+        self, owner: os.DirEntry[str], names: list[str], now_us: int, look: _Look
     ) -> list[tuple[str, str]]:
         """Which claims nobody works on: the name that each has in pending/, and its path."""
         mine = owner.name == self._owner
         alive = _is_alive(owner.name, self.node_id)
-        unsure = set(self._unsure) if mine else set()
-        names = self._names_unless_passed_over(owner.path, errors)
-        if names is None:
-            return []
-        self._unsure -= unsure.difference(names)  # they did not come about
         back = []
         for name in names:
             path = f"{owner.path}/{name}"
-            if (parsed := _parse(name)) and path not in self._passed_over:
+            if (parsed := _parse(name)) and path not in look.passed_over:
                 id, used, deadline_us = parsed
-                undelivered = name in unsure
+                undelivered = mine and name in self._unsure
                 if undelivered or alive is False or deadline_us < now_us:
                     back.append((_format(id, used - 1 if undelivered else used), path))
         idle = mine and now_us - self._claimed_at_us > _LINGER_US
         if not names and (idle or alive is False):
             _remove_directory(owner.path)
         return back
-
-    def _names_unless_passed_over(
-        self, directory: str, errors: list[OSError] | None
-    ) -> list[str] | None:
-        """The files in a directory; None if it cannot be read."""
-        if directory in self._passed_over:
-            return None
-        try:
-            return _names(directory)
-        except OSError as error:
-            if errors is None:
-                raise
-            self._pass_over(directory, error, errors)
-            return None
 
     def _note_other_owner(self, owner: tuple[str, int, str, str, str]) -> None:
         """Remember if there are other processes that claim tasks, and other machines."""
@@ -1147,16 +1139,14 @@ class FemtoQueue:
         self._has_company |= (pid, start, place) != (me.pid, me.start, me.place)
         self._has_hosts |= place != me.place
 
-    def _promote_due(self, errors: list[OSError] | None) -> bool:
+    def _promote_due(self, look: _Look) -> bool:
         """Make due tasks pending, earliest first; tell if there were any."""
         now_us = _wall_us()
-        due, next_due_us = self._find_due(now_us, errors)
+        due, next_due_us = self._find_due(now_us, look)
         self._next_look_us = min(self._next_look_us, self._clock.now() + max(0, next_due_us - now_us))
-        return self._make_pending([(name, path) for _, name, path in sorted(due)[:_BATCH]], errors)
+        return self._make_pending([(name, path) for _, name, path in sorted(due)[:_BATCH]], look)
 
-    def _find_due(
-        self, now_us: int, errors: list[OSError] | None
-    ) -> tuple[list[tuple[int, str, str]], int]:
+    def _find_due(self, now_us: int, look: _Look) -> tuple[list[tuple[int, str, str]], int]:
         """What is due, as (due time, name, path), and when the next one will be.
 
         What is found not to be due yet is sorted into closer buckets, not to be read at each look.
@@ -1165,7 +1155,7 @@ class FemtoQueue:
         due: list[tuple[int, str, str]] = []
         next_due_us = _MAX_US
         moved_closer = 0
-        for entry in sorted(_list(top, errors), key=lambda entry: entry.name):
+        for entry in sorted(look.read(_list, top) or [], key=lambda entry: entry.name):
             start_us = _time_of(entry.name)
             if start_us > now_us:
                 next_due_us = min(next_due_us, start_us)
@@ -1173,11 +1163,10 @@ class FemtoQueue:
             if len(due) >= _BATCH:
                 continue  # the rest when these are gone, or at the next look
             if _is_bucket(entry):
-                directory, names = entry.path, self._names_unless_passed_over(entry.path, errors)
-                if names is None:
-                    continue
+                directory, names = entry.path, look.read(_names, entry.path)
                 if not names:
                     self._remove_empty([directory])
+                    continue
             else:
                 directory, names = top, [entry.name] if _is_file(entry) else []
             for name in names:
@@ -1185,40 +1174,37 @@ class FemtoQueue:
                     continue
                 id, used, due_us = parsed
                 path = f"{directory}/{name}"
-                if path in self._passed_over:
+                if path in look.passed_over:
                     continue
                 if due_us <= now_us:
                     due.append((due_us, _format(id, used), path))
                     continue
                 next_due_us = min(next_due_us, due_us)
                 if moved_closer < _BATCH and _period("scheduled", due_us)[0] > start_us:
-                    moved_closer += self._move_unclaimed(path, "scheduled", due_us, name, errors)
+                    moved_closer += self._move_unclaimed(path, "scheduled", due_us, name, look)
         return due, next_due_us
 
-    def _make_pending(self, tasks: list[tuple[str, str]], errors: list[OSError] | None) -> bool:
+    def _make_pending(self, tasks: list[tuple[str, str]], look: _Look) -> bool:
         """Move tasks, given by name and path, to their old places; tell if any was moved."""
         moved = 0
         try:
             for name, path in tasks:
-                moved += self._move_unclaimed(path, "pending", _time_of(name), name, errors)
+                moved += self._move_unclaimed(path, "pending", _time_of(name), name, look)
         finally:
             if moved:
                 self._forget_listings()
         self._sync_unsynced()
         return moved > 0
 
-    def _move_unclaimed(
-        self, path: str, state: str, time_us: int, name: str, errors: list[OSError] | None
-    ) -> bool:
+    def _move_unclaimed(self, path: str, state: str, time_us: int, name: str, look: _Look) -> bool:
         """Rename a task that nobody claims; False if it is not there any more, or cannot be moved."""
         try:
             bucket = self._put_into_bucket(path, state, time_us, name, returning=True)
         except OSError as error:
             if os.name == "nt" and isinstance(error, PermissionError):
                 return False  # there, whoever works on the file keeps it from being renamed
-            if errors is None:
+            if not look.passes_over(path, error):
                 raise
-            self._pass_over(path, error, errors)
             return False
         if bucket:
             self._note_unsynced(os.path.dirname(path), *bucket.to_sync())
@@ -1235,16 +1221,16 @@ class FemtoQueue:
             queue._listing = None
             queue._room = 0
 
-    def _sweep(self, now_us: int, errors: list[OSError] | None) -> None:
+    def _sweep(self, now_us: int, look: _Look) -> None:
         """Delete what dead writers left half-written, and the empty directories of forgotten owners."""
-        for entry in _list(self._dirs["creating"], errors):
+        for entry in look.read(_list, self._dirs["creating"]) or []:
             owner, _, stamp = entry.name.rpartition("~")
             begun_us = _time_of(stamp)
             if _parse_owner(owner) and begun_us and _is_file(entry):
                 alive = _is_alive(owner, self.node_id)
                 if alive is False or (alive is None and now_us - begun_us > _ORPHAN_US):
                     _try(_unlink, entry.path)
-        for entry in _list(self._dirs["in_progress"], errors):
+        for entry in look.read(_list, self._dirs["in_progress"]) or []:
             if _parse_owner(entry.name) and _is_alive(entry.name, self.node_id) is None:
                 info = _lstat(entry.path)
                 if info and _wall_us() - info.st_mtime_ns // 1_000 > _ORPHAN_US:
@@ -1416,7 +1402,7 @@ class FemtoQueue:
         errors: list[OSError] = []
         claims = [(name, claim) for name in _names(self._own_dir) if (claim := _parse(name))]
         back = [(_format(id, used), f"{self._own_dir}/{name}") for name, (id, used, _) in claims]
-        self._make_pending(back, errors)
+        self._make_pending(back, _Look(errors=errors))
         _raise_first(errors)
         _remove_directory(self._own_dir)
         self._all_given_back = True
@@ -1690,6 +1676,40 @@ def _period(state: str, time_us: int) -> tuple[int, int]:
     return start_us, start_us + width
 
 
+class _Look:
+    """One look through the directories, and what it passes over because that cannot be read or moved.
+
+    A strict one, without `errors`, adds nothing to that: the first error is raised.
+    """
+
+    def __init__(
+        self, passed_over: set[str] | None = None, errors: list[OSError] | None = None
+    ) -> None:
+        self.passed_over = set() if passed_over is None else passed_over
+        self.errors = errors
+
+    def passes_over(self, path: str, error: OSError) -> bool:
+        """May the look go on without what is at `path`? If so, note it."""
+        if self.errors is None or error.errno in _EVERYWHERE:
+            return False
+        self.passed_over.add(path)
+        if len(self.errors) < 10:  # of a million, each would hold its traceback
+            self.errors.append(error)
+            _log("%s; it is passed over", str(error))
+        return True
+
+    def read(self, reader: Callable[[str], list[T]], directory: str) -> list[T] | None:
+        """What `_list` or `_names` says of a directory; None if that is passed over."""
+        if directory in self.passed_over:
+            return None
+        try:
+            return reader(directory)
+        except OSError as error:
+            if not self.passes_over(directory, error):
+                raise
+            return None
+
+
 class _Listing:
     """The names in pending/, smallest first, opening each bucket only when its turn comes.
 
@@ -1697,7 +1717,9 @@ class _Listing:
     meanwhile. So it hides what was stamped after the horizon; that belongs to the next one.
     """
 
-    def __init__(self, directory: str, horizon_us: int | None = None) -> None:
+    def __init__(
+        self, directory: str, horizon_us: int | None = None, passed_over: Iterable[str] = ()
+    ) -> None:
         self.begun_s = time.time()
         self.hides = False  # something stamped after the horizon
         self.skipped = False  # something was left to the next listing
@@ -1712,7 +1734,8 @@ class _Listing:
         loose = []
         for entry in _list(directory):
             if _is_bucket(entry):
-                self._buckets.append(entry.name)
+                if entry.path not in passed_over:
+                    self._buckets.append(entry.name)
             elif _is_file(entry):
                 loose.append(entry.name)
         self._buckets.sort(reverse=True)
@@ -1814,20 +1837,14 @@ def _try(call: Callable[..., object], *arguments: object) -> None:
         pass
 
 
-def _list(directory: str, errors: list[OSError] | None = None) -> list[os.DirEntry[str]]:
-    """The entries of a directory, in no order. Errors are raised, or added to `errors`."""
-    try:
-        with os.scandir(directory) as entries:
-            return list(entries)
-    except OSError as error:
-        if errors is None:
-            raise
-        errors.append(error)
-        return []
+def _list(directory: str) -> list[os.DirEntry[str]]:
+    """The entries of a directory, in no order."""
+    with os.scandir(directory) as entries:
+        return list(entries)
 
 
 def _names(directory: str, errors: list[OSError] | None = None) -> list[str]:
-    """The regular files in a directory that may vanish at any time."""
+    """The regular files in a directory that may vanish. Errors are raised, or added to `errors`."""
     try:
         # Not _is_file: the call would be a third of what listing a large directory costs.
         return [entry.name for entry in _list(directory) if entry.is_file(follow_symlinks=False)]
@@ -1889,6 +1906,12 @@ def _make_directory(path: str) -> list[str]:
 def _remove_directory(path: str) -> None:
     """Remove it if it is empty and ours to remove; one that stays costs one listing."""
     _try(os.rmdir, path)
+
+
+def _write_all(descriptor: int, data: bytes) -> None:
+    written = os.write(descriptor, data)
+    while written < len(data):
+        written += os.write(descriptor, memoryview(data)[written:])
 
 
 def _sync_directories(*directories: str) -> None:
@@ -1960,7 +1983,7 @@ class _Clock:
     def stamp(self) -> int:
         """A time above all that this process has stamped: should the clock be frozen, order is not."""
         with self.lock:
-            now_us = _monotonic_us() + self.offset_us
+            now_us = int(time.monotonic() * 1e6) + self.offset_us  # not called: twice for each task
             if now_us <= self._last_us:
                 now_us = self._last_us + 1
             self._last_us = now_us
