@@ -692,7 +692,7 @@ class FemtoQueue:
             self._start_over()
         self._passed_over = set()
         errors: list[OSError] = []
-        look = _Look(set(), errors)
+        look = _Look(errors=errors)
         try:
             task = self._refill_and_claim(last, look)
             if task is None:
@@ -1408,6 +1408,7 @@ class FemtoQueue:
         self._all_given_back = True
 
     def _check_open(self) -> None:
+        """Raise if this was closed. After a fork, go on as another owner."""
         if self._closed:
             raise FemtoQueueError(f"{self!r} is closed; make a new one")
         if self._generation != _generation:
