@@ -101,8 +101,7 @@ _POLL_S = 0.009  # how long a call that waits sleeps at a time
 _ROUNDS = 4  # how often a call tries again; each needs another worker to have come in between
 _CHUNK = 1 << 20  # a larger payload is not kept in memory
 _SMALL = 4_096  # read at once; a larger buffer costs a page fault, asking for the size a system call
-# These are not about the file or directory that they name.
-_EVERYWHERE = (errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOMEM, errno.EMLINK)
+_FULL = (errno.EROFS, errno.ENOSPC, errno.EDQUOT)  # not about the file that is named
 _WRITE_FLAGS = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
 # A FIFO or a link that carries a task's name must neither block the reader nor lead it elsewhere.
 _NO_FOLLOW = getattr(os, "O_NOFOLLOW", 0)
@@ -240,11 +239,11 @@ class FemtoQueue:
         self._closed = False
         self._all_given_back = False
         self._become_new_owner()
-        above = self._make_directories()
+        self._make_directories()
         self._clock = self._open_clock()
         if self.sync_after_write:
-            # Whoever made the first two need not have been durable.
-            _sync_directories(*dict.fromkeys((os.path.dirname(self._root), self._root, *above)))
+            # Whoever made them need not have been durable.
+            _sync_directories(os.path.dirname(self._root), self._root)
         weakref.finalize(self, _look_soon, self._root).atexit = False
 
     def _become_new_owner(self) -> None:
@@ -279,9 +278,10 @@ class FemtoQueue:
         self._generation = _generation
         _owners[self._owner] = self
 
-    def _make_directories(self) -> list[str]:
-        """Make what is missing; return the directories that lead to ours and changed."""
+    def _make_directories(self) -> None:
         made = _make_directory(self._root)
+        if self.sync_after_write:
+            _sync_directories(*map(os.path.dirname, made))
         for state, directory in self._dirs.items():
             if state != "in_progress":
                 _make_directory(directory)
@@ -289,7 +289,6 @@ class FemtoQueue:
             self._adopt_original()
             # Last: as long as it is missing, whoever opens the directory adopts again.
             _make_directory(self._dirs["in_progress"])
-        return [os.path.dirname(path) for path in made]
 
     def _adopt_original(self) -> None:
         """Take over a directory of the original femtoqueue 0.3 or 0.4, tasks in progress included.
@@ -691,19 +690,13 @@ class FemtoQueue:
         except OSError:
             self._start_over()
         self._passed_over = set()
-        errors: list[OSError] = []
-        look = _Look(errors=errors)
-        try:
-            task = self._refill_and_claim(last, look)
-            if task is None:
-                _raise_first(errors)
-            self._passed_over = look.passed_over
-            return task
-        except BaseException:
+        look = _Look(strict=False)
+        task = self._refill_and_claim(last, look)
+        if task is None and look.errors:
             self._start_over()
-            raise
-        finally:
-            errors.clear()  # or they would be a cycle, and keep this object
+            raise look.errors.pop()  # out of the list, which its traceback is going to hold
+        self._passed_over = look.passed_over
+        return task
 
     def _refill_and_claim(self, last: bool, look: _Look) -> FemtoTask | None:
         """Claim the oldest task; None if there is none, although what is due was made pending.
@@ -718,7 +711,7 @@ class FemtoQueue:
                 return task
             before = len(look.passed_over)  # what is passed over makes room in a batch for others
             found = self._refill_pending(look) if last or look.errors else self._promote_due(look)
-            if not found and len(look.passed_over) == before:
+            if not found and (look.is_full or len(look.passed_over) == before):
                 return None
 
     def _start_over(self) -> None:
@@ -746,6 +739,7 @@ class FemtoQueue:
     def _claim_oldest(self, look: _Look) -> FemtoTask | None:
         """Claim the oldest task there is; None if a listing begun here has nothing to claim."""
         tried: dict[str, int] = {}
+        alone = False
         listing = self._listing
         task = self._claim_first_of(listing, tried, look) if listing else None
         quiet = 0  # listings in a row with nothing new, but for what they hide
@@ -756,11 +750,13 @@ class FemtoQueue:
             horizon_us = None if quiet == 2 else self._clock.now()
             self._listing = None  # should the next one fail, this one is not gone on with
             listing = _Listing(self._dirs["pending"], horizon_us, look.passed_over)
+            if not alone:
+                self._listing = listing
             task = self._claim_first_of(listing, tried, look)
-            # Not before: what another thread took from it, and could not have, would not be tried here.
-            self._listing = listing
             if sum(tried.values()) > before or listing.skipped:
                 quiet = 0
+            elif listing.seen_here < listing.seen and not alone:
+                alone = True  # other threads took of it what they perhaps could not have
             elif listing.hides:
                 quiet += 1
             else:
@@ -779,6 +775,7 @@ class FemtoQueue:
                     return None
                 name, directory = found
                 path = f"{directory}/{name}"
+                listing.seen_here += 1
                 times = tried.get(name, 0)
                 # Network filesystems list what is gone. Or another worker, who claimed it and could not
                 # read it, put it back: then it is tried once more, and no more, for they also lie.
@@ -789,7 +786,10 @@ class FemtoQueue:
                 if task is not None:
                     return task
             except OSError as error:
-                if not look.passes_over(path or str(error.filename), error):
+                target = str(error.filename2 or error.filename)
+                if error.errno in _FULL and target.startswith(self._dirs["in_progress"]):
+                    raise  # so it is with every task
+                if not look.passes_over(path or target, error):
                     raise
 
     def _remove_empty(self, buckets: list[str]) -> None:
@@ -1021,12 +1021,12 @@ class FemtoQueue:
                 self._sync_unsynced()
                 source = task._claimed_from or os.path.dirname(task.path)
                 _sync_directories(*dict.fromkeys((source, os.path.dirname(task.path), *directories)))
+            task._finished = True
         except NotInProgress:
             raise
         except BaseException:
             task._half_done = (verdict, target, directories)
             raise
-        task._finished = True
 
     def _move_claim(self, task: FemtoTask, target: str | None, again: bool = False) -> None:
         """Rename a claim to `target`, or delete it, whatever it is called by now."""
@@ -1181,7 +1181,10 @@ class FemtoQueue:
                     continue
                 next_due_us = min(next_due_us, due_us)
                 if moved_closer < _BATCH and _period("scheduled", due_us)[0] > start_us:
-                    moved_closer += self._move_unclaimed(path, "scheduled", due_us, name, look)
+                    try:
+                        moved_closer += self._move_unclaimed(path, "scheduled", due_us, name, _Look())
+                    except OSError:
+                        moved_closer = _BATCH  # then it is read at each look, until it is due
         return due, next_due_us
 
     def _make_pending(self, tasks: list[tuple[str, str]], look: _Look) -> bool:
@@ -1190,6 +1193,8 @@ class FemtoQueue:
         try:
             for name, path in tasks:
                 moved += self._move_unclaimed(path, "pending", _time_of(name), name, look)
+                if look.is_full:
+                    break
         finally:
             if moved:
                 self._forget_listings()
@@ -1399,11 +1404,12 @@ class FemtoQueue:
         self._closed = True
         # From here on it is judged dead, should this be cut short.
         _owners.pop(self._owner, None)
-        errors: list[OSError] = []
+        look = _Look(strict=False)
         claims = [(name, claim) for name in _names(self._own_dir) if (claim := _parse(name))]
         back = [(_format(id, used), f"{self._own_dir}/{name}") for name, (id, used, _) in claims]
-        self._make_pending(back, _Look(errors=errors))
-        _raise_first(errors)
+        self._make_pending(back, look)
+        if look.errors:
+            raise look.errors.pop()
         _remove_directory(self._own_dir)
         self._all_given_back = True
 
@@ -1680,22 +1686,26 @@ def _period(state: str, time_us: int) -> tuple[int, int]:
 class _Look:
     """One look through the directories, and what it passes over because that cannot be read or moved.
 
-    A strict one, without `errors`, adds nothing to that: the first error is raised.
+    A strict one adds nothing to that: the first error is raised.
     """
 
-    def __init__(
-        self, passed_over: set[str] | None = None, errors: list[OSError] | None = None
-    ) -> None:
+    def __init__(self, passed_over: set[str] | None = None, strict: bool = True) -> None:
         self.passed_over = set() if passed_over is None else passed_over
-        self.errors = errors
+        self.strict = strict
+        self.errors: list[OSError] = []  # the first one
+        self.is_full = False  # or read-only, the disk: no use in trying to move more
 
     def passes_over(self, path: str, error: OSError) -> bool:
         """May the look go on without what is at `path`? If so, note it."""
-        if self.errors is None or error.errno in _EVERYWHERE:
+        if self.strict:
             return False
-        self.passed_over.add(path)
-        if len(self.errors) < 10:  # of a million, each would hold its traceback
-            self.errors.append(error)
+        if error.errno in _FULL:
+            self.is_full = True
+        else:
+            self.passed_over.add(path)
+        if not self.errors:
+            self.errors.append(error.with_traceback(None))  # whose frames hold this object
+        if len(self.passed_over) <= 10:
             _log("%s; it is passed over", str(error))
         return True
 
@@ -1726,6 +1736,8 @@ class _Listing:
         self.skipped = False  # something was left to the next listing
         self.empty: list[str] = []  # buckets
         self.directories = [directory]  # read so far
+        self.seen = 0  # how many names were listed
+        self.seen_here = 0  # how many of them the call that began this listing looked at
         self._end = "~" if horizon_us is None else "%016d~" % horizon_us
         self._lock = _thread.RLock()
         # All of these in descending order, so that the next one is the last.
@@ -1735,7 +1747,7 @@ class _Listing:
         loose = []
         for entry in _list(directory):
             if _is_bucket(entry):
-                if entry.path not in passed_over:
+                if f"{directory}/{entry.name}" not in passed_over:
                     self._buckets.append(entry.name)
             elif _is_file(entry):
                 loose.append(entry.name)
@@ -1786,6 +1798,7 @@ class _Listing:
         tasks.sort(reverse=True)  # three times as fast as to sort the pairs
         listed = [(name, directory) for name in tasks if name <= self._end]
         self.hides |= len(listed) < len(tasks)
+        self.seen += len(listed)
         self._hand += listed
         self._hand.sort(reverse=True)
 
@@ -1861,14 +1874,9 @@ def _raise_unless_permission(errors: list[OSError]) -> None:
     """Raise the first error but for those about what other users keep to themselves."""
     others = [error for error in errors if not isinstance(error, PermissionError)]
     errors.clear()
-    _raise_first(others)
-
-
-def _raise_first(errors: list[OSError]) -> None:
-    """Raise the first error, if there is one, and forget all: their tracebacks hold this very list."""
-    del errors[1:]
-    if errors:
-        raise errors.pop()
+    if others:
+        del others[1:]
+        raise others.pop()  # out of the lists, which its traceback is going to hold
 
 
 def _find_claim(directory: str, id: str, attempt: int) -> str | None:

@@ -587,7 +587,9 @@ class Refusal:
         for refused, part, code in self.rules:
             if name in refused and part in os.fspath(path):
                 self.count += 1
-                raise OSError(code, os.strerror(code), path)
+                raise OSError(
+                    code, os.strerror(code), path, None, rest[0] if name == "rename" else None
+                )
         return real(path, *rest, **options)
 
 
@@ -2783,7 +2785,7 @@ def test_never_none_while_threads_make_their_directory(
 
     monkeypatch.setattr(os, "rename", rename_too_early)
     found.append(queue.pop())
-    assert [task and task.data for task in found] == [b"a", b"b"]
+    assert [task and task.data for task in found] == [b"b", b"a"]
 
 
 def test_what_was_claimed_at_the_second_try_is_not_taken_back(
@@ -5439,6 +5441,33 @@ def watched() -> Iterator[list[tuple[str, str]]]:
         yield log
 
 
+def test_opening_again_after_an_error_syncs_all_that_was_made(
+    scratch: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A durable queue in a new directory of a new directory, whose first opening failed on the way."""
+    directory = scratch / "a" / "b" / "queue"
+    synced: list[int] = []
+    real_fsync, real_open = os.fsync, os.open
+
+    def fsync(descriptor: int) -> None:
+        real_fsync(descriptor)
+        synced.append(os.fstat(descriptor).st_ino)
+
+    def open_in_vain(path: str, *rest: int) -> int:
+        if "/creating/" in path:
+            monkeypatch.setattr(os, "open", real_open)
+            raise OSError(errno.ENOSPC, "full", path)
+        return real_open(path, *rest)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(os, "open", open_in_vain)
+    with pytest.raises(OSError, match="full"):
+        FemtoQueue(directory, "a", sync_after_write=True)
+    FemtoQueue(directory, "a", sync_after_write=True)
+    above = [directory, *directory.parents[:3]]
+    assert {path.stat().st_ino for path in above} <= {*synced}
+
+
 def test_a_directory_made_again_is_synced_again(directory: Path, clock: Time) -> None:
     """A durable worker that was idle makes its directory anew, and syncs that before a claim lies in it."""
     queue = FemtoQueue(directory, "a", sync_after_write=True)
@@ -6109,6 +6138,69 @@ def test_a_fault_of_the_whole_filesystem_is_no_tasks_fault(
         assert caught.value.errno == code and refuse.count - before < 10
     refuse.rules.clear()
     assert drained(queue) == [id.encode() for id in ids]
+
+
+@pytest.mark.parametrize("place", ["due", "claim", "later", "broken"])
+def test_a_full_disk_stops_no_task_that_needs_no_room(
+    directory: Path, clock: Time, monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
+    """When no directory can be made any more, tasks that need none are delivered all the same."""
+    queue = FemtoQueue(directory, "a")
+    queue.push(b"0")
+    assert drained_one(queue) == b"0"
+    stuck = f"{NOW_US - 3_600_000_000}_stuck"
+    if place == "due":
+        put(directory / "scheduled" / f"{stuck}~0~{NOW_US - 1}")
+    elif place == "claim":
+        put(directory / "in_progress" / DEAD_OWNER / f"{stuck}~1~{NOW_US - 1}")
+    elif place == "later":
+        put(directory / "scheduled" / f"{NOW_US - 10**9:016d}" / f"{stuck}~0~{NOW_US + 10**8}")
+    else:
+        put(directory / "pending" / OLD_ID, b"not its payload")
+        (directory / "corrupt").rmdir()
+    queue.push_many([b"1", b"2"])
+    clock.advance(1.5)
+    real = os.mkdir
+
+    def mkdir(path: str, *mode: int) -> None:
+        if os.path.isdir(path):
+            raise FileExistsError(errno.EEXIST, "there", path)
+        raise OSError(errno.ENOSPC, "full", path)
+
+    monkeypatch.setattr(os, "mkdir", mkdir)
+    assert [drained_one(queue) for _ in range(2)] == [b"1", b"2"]
+    if place == "later":
+        assert queue.pop() is None
+    else:
+        with pytest.raises(OSError, match="full"):
+            queue.pop()
+    monkeypatch.setattr(os, "mkdir", real)
+    clock.advance(200)
+    if place == "broken":
+        assert queue.pop() is None and names(directory, "corrupt") == [OLD_ID]
+    else:
+        assert drained(queue) == [b"x"]
+
+
+def test_what_was_retried_meanwhile_comes_first(
+    directory: Path, queue: FemtoQueue, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A task that another thread's `retry` gave back while pop was at work is the next one."""
+    queue.push(b"c")
+    first = queue.pop()
+    assert first and first.data == b"a"
+    queue._forget_listings()  # so that pop makes one
+    real = os.open
+
+    def retried_meanwhile(path: str, *rest: int) -> int:
+        monkeypatch.setattr(os, "open", real)
+        thread = threading.Thread(target=queue.retry, args=(first,))
+        thread.start()
+        thread.join()
+        return real(path, *rest)
+
+    monkeypatch.setattr(os, "open", retried_meanwhile)
+    assert drained(queue) == [b"b", b"a", b"c"]
 
 
 def test_without_room_for_the_own_directory(
@@ -6803,6 +6895,8 @@ def test_run_leaves_no_thread_and_no_reference_behind(directory: Path, unlogged:
         ("pop", "task", OSError),
         ("pop", "bad bucket", OSError),
         ("pop", "owner", OSError),
+        ("close", "task", OSError),
+        ("close", "full disk", OSError),
     ],
 )
 def test_a_call_that_raised_keeps_nothing_alive(
@@ -6818,15 +6912,23 @@ def test_a_call_that_raised_keeps_nothing_alive(
         "bad bucket": ("list", f"pending/{stuck.parent.name}", errno.EIO),
         "task": ("open", "/in_progress/", errno.EIO),
         "owner": ("list", "/in_progress/", errno.EACCES),
+        "full disk": ("", "", 0),
     }[place]
     if place == "owner":
         stuck.unlink()
+    if call == "close":
+        held = [q.pop() for _ in range(2)]
+        what, part, code = "move", held[0].id, errno.EIO
+        if place == "full disk":
+            refuse("move", held[1].id, errno.ENOSPC)
     refuse(what, part, code)
     gone = weakref.ref(q)
     gc.collect()
     gc.disable()
     try:
         try:
+            if call == "close":
+                q.close()
             while q.push(b"x") if call == "push" else q.pop():
                 pass
             raise AssertionError("it did not raise")
