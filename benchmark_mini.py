@@ -4,7 +4,7 @@
     python3 benchmark_mini.py                      under ten seconds, nothing to install
     python3 benchmark_mini.py --dir /srv/queues    on another filesystem
     python3 benchmark_mini.py --scale 1000000      takes minutes, and 5 GB on ext4
-    python3 benchmark_mini.py --workers 8 --durable --wait --peers --plot speed.png
+    python3 benchmark_mini.py --workers 8 --durable --wait --peers --original DIR --plot speed.png
                                                    README's table, after pip install '.[bench]'
 
 The *floor* is the bare system calls that a queue of files cannot do without, made from Python: create,

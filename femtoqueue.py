@@ -269,6 +269,7 @@ class FemtoQueue:
         self._claimed_at_us = 0
         self._next_look_us = 0
         self._next_sweep_us = 0
+        self._next_complaint_us = 0
         self._own_dir_lock = _thread.RLock()
         self._own_dirs_made = 0
         self._own_dir_is_ready = False  # made, and if that was asked for, for good
@@ -644,8 +645,8 @@ class FemtoQueue:
         """Claim the oldest pending task, for the lease of `timeout_stale_ms`.
 
         Finish it with `done`, `fail` or `retry`. Due scheduled tasks, and those of dead or hung
-        workers, become pending first. Returns None only after `timeout` seconds, where None waits for
-        ever, and never while a task is pending or due.
+        workers, become pending first, or within a second while there is other work. Returns None only
+        after `timeout` seconds, where None waits for ever, and never while a task is pending or due.
         """
         self._check_open()
         if timeout != 0:
@@ -694,7 +695,9 @@ class FemtoQueue:
         task = self._refill_and_claim(last, look)
         if task is None and look.errors:
             self._start_over()
-            raise look.errors.pop()  # out of the list, which its traceback is going to hold
+            raise look.errors.pop(0)  # out of the list, which its traceback is going to hold
+        for error in look.errors:
+            _log("%s; it is passed over", str(error))
         self._passed_over = look.passed_over
         return task
 
@@ -1409,7 +1412,7 @@ class FemtoQueue:
         back = [(_format(id, used), f"{self._own_dir}/{name}") for name, (id, used, _) in claims]
         self._make_pending(back, look)
         if look.errors:
-            raise look.errors.pop()
+            raise look.errors.pop(0)
         _remove_directory(self._own_dir)
         self._all_given_back = True
 
@@ -1450,6 +1453,9 @@ class FemtoQueue:
         raises TypeError: it would never run. `until_empty` ends the loop when nothing is pending or
         due, instead of waiting for more. Returns how many tasks were handled without an exception,
         and without losing the lease.
+
+        An OSError, such as of a full disk, is raised when `until_empty` is set or a task cannot be
+        finished. Otherwise it is logged, and the worker tries again each second.
         """
         if not callable(handler):
             raise TypeError(f"handler: expected a callable, got {type(handler).__name__}")
@@ -1462,9 +1468,7 @@ class FemtoQueue:
         count = 0
         try:
             with _StopOnSignals() as signals:
-                while not signals and (
-                    task := self._wait_and_claim(0.0 if until_empty else None, signals)
-                ):
+                while not signals and (task := self._next_task(until_empty, signals)):
                     current[:] = [task]
                     try:
                         count += self._handle(task, handler)
@@ -1475,6 +1479,19 @@ class FemtoQueue:
             heart.join()
         return count
 
+    def _next_task(self, until_empty: bool, signals: Sequence[int]) -> FemtoTask | None:
+        """What `run` handles next. A worker that stays outlives errors, and logs one a minute."""
+        while True:
+            try:
+                return self._wait_and_claim(0.0 if until_empty else None, signals)
+            except OSError as error:
+                if until_empty:
+                    raise
+                if self._clock.now() >= self._next_complaint_us:
+                    self._next_complaint_us = self._clock.now() + _SWEEP_US
+                    _log("no task can be had, but the worker stays: %s", str(error))
+            time.sleep(1)
+
     def _handle(self, task: FemtoTask, handler: Callable[[FemtoTask], object]) -> bool:
         """Run the handler for one task and finish it; tell if both went well."""
         pid = os.getpid()
@@ -1484,7 +1501,8 @@ class FemtoQueue:
             except Exception as error:
                 if os.getpid() != pid:
                     raise
-                _log("%s: attempt %s failed: %s", task.id, task.attempt, error, error=error)
+                of = f" of {self.max_attempts}" if self.max_attempts else ""
+                _log("%s: attempt %s%s failed: %s", task.id, task.attempt, of, error, error=error)
                 if not task._finished:
                     delay_ms = min(1_000 * 2 ** min(task.attempt - 1, 12), 3_600_000)
                     self.retry(task, delay_ms * (0.5 + os.urandom(1)[0] / 255))
@@ -1692,7 +1710,7 @@ class _Look:
     def __init__(self, passed_over: set[str] | None = None, strict: bool = True) -> None:
         self.passed_over = set() if passed_over is None else passed_over
         self.strict = strict
-        self.errors: list[OSError] = []  # the first one
+        self.errors: list[OSError] = []  # the first ones
         self.is_full = False  # or read-only, the disk: no use in trying to move more
 
     def passes_over(self, path: str, error: OSError) -> bool:
@@ -1703,10 +1721,8 @@ class _Look:
             self.is_full = True
         else:
             self.passed_over.add(path)
-        if not self.errors:
+        if len(self.errors) < 10:
             self.errors.append(error.with_traceback(None))  # whose frames hold this object
-        if len(self.passed_over) <= 10:
-            _log("%s; it is passed over", str(error))
         return True
 
     def read(self, reader: Callable[[str], list[T]], directory: str) -> list[T] | None:

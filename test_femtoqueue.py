@@ -6140,6 +6140,39 @@ def test_a_fault_of_the_whole_filesystem_is_no_tasks_fault(
     assert drained(queue) == [id.encode() for id in ids]
 
 
+def test_a_worker_that_stays_outlives_what_cannot_be_had(
+    directory: Path,
+    clock: Time,
+    refuse: Refusal,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """`run` goes on beside a task that it may not read, which it logs once a minute; `until_empty` raises."""
+    queue, producer = FemtoQueue(directory, "a"), FemtoQueue(directory, "b")
+    stuck = queue.push(b"stuck")
+    refuse("open", stuck, errno.EACCES)
+    naps = itertools.count()
+    real = time.sleep
+
+    def sleep(seconds: float) -> None:
+        real(seconds)
+        if next(naps) == 100:
+            producer.push(b"good")
+
+    monkeypatch.setattr(time, "sleep", sleep)
+    handled: list[bytes] = []
+
+    def handle(task: FemtoTask) -> None:
+        handled.append(task.data)
+        signal.raise_signal(signal.SIGTERM)
+
+    assert queue.run(handle) == 1 and handled == [b"good"]
+    told = [message for message in caplog.messages if "the worker stays:" in message]
+    assert len(told) == 2 and all(stuck in message for message in told)
+    with pytest.raises(PermissionError):
+        queue.run(handle, until_empty=True)
+
+
 @pytest.mark.parametrize("place", ["due", "claim", "later", "broken"])
 def test_a_full_disk_stops_no_task_that_needs_no_room(
     directory: Path, clock: Time, monkeypatch: pytest.MonkeyPatch, place: str
@@ -7854,7 +7887,7 @@ def test_the_tables_name_tests_that_exist() -> None:
 # Several machines
 # ====================================================================================================
 
-TOOLS = Path(os.environ.get("FEMTOQUEUE_GLUSTER", MODULE.parent.parent / "shared" / "tools"))
+TOOLS = Path(os.environ.get("FEMTOQUEUE_GLUSTER", "nowhere"))
 OTHER_BOOT = "11111111-2222-3333-4444-555555555555\n"
 # sys.argv: role, data_dir, node_id, log, options of FemtoQueue; each role's own arguments behind them.
 # Events go to a log on a local disk, one write each, so that a kill cannot tear them.
@@ -7926,7 +7959,7 @@ def on_host(base: Path, host: int, code: str, *arguments: object) -> subprocess.
 def gluster() -> Iterator[Path]:
     """A GlusterFS of three servers, three copies and two hosts, mounted at host1 and host2 of this."""
     if not (TOOLS / "start-gluster.sh").exists():
-        pytest.skip(f"several machines: no start-gluster.sh in {TOOLS}; set FEMTOQUEUE_GLUSTER")
+        pytest.skip("several machines: FEMTOQUEUE_GLUSTER names no folder with start-gluster.sh")
     if not hasattr(os, "geteuid") or os.geteuid() != 0:
         pytest.skip("several machines: mounting GlusterFS needs root")
     for program in ("glusterd", "glusterfs", "ip", "unshare", "nsenter"):
