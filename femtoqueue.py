@@ -714,7 +714,7 @@ class FemtoQueue:
                 return task
             before = len(look.passed_over)  # what is passed over makes room in a batch for others
             found = self._refill_pending(look) if last or look.errors else self._promote_due(look)
-            if not found and (look.is_full or len(look.passed_over) == before):
+            if not found and len(look.passed_over) == before:
                 return None
 
     def _start_over(self) -> None:
