@@ -755,10 +755,11 @@ class FemtoQueue:
             listing = _Listing(self._dirs["pending"], horizon_us, look.passed_over)
             if not alone:
                 self._listing = listing
+            look.seen = 0
             task = self._claim_first_of(listing, tried, look)
             if sum(tried.values()) > before or listing.skipped:
                 quiet = 0
-            elif listing.seen_here < listing.seen and not alone:
+            elif look.seen < listing.size and not alone:
                 alone = True  # other threads took of it what they perhaps could not have
             elif listing.hides:
                 quiet += 1
@@ -778,7 +779,7 @@ class FemtoQueue:
                     return None
                 name, directory = found
                 path = f"{directory}/{name}"
-                listing.seen_here += 1
+                look.seen += 1
                 times = tried.get(name, 0)
                 # Network filesystems list what is gone. Or another worker, who claimed it and could not
                 # read it, put it back: then it is tried once more, and no more, for they also lie.
@@ -794,6 +795,7 @@ class FemtoQueue:
                     raise  # so it is with every task
                 if not look.passes_over(path or target, error):
                     raise
+                look.passed_over.add(path or target)  # even if corrupt/ or failed/ is what is full
 
     def _remove_empty(self, buckets: list[str]) -> None:
         """Remove those that no producer may be about to use: a shared one when its period is over."""
@@ -1196,8 +1198,6 @@ class FemtoQueue:
         try:
             for name, path in tasks:
                 moved += self._move_unclaimed(path, "pending", _time_of(name), name, look)
-                if look.is_full:
-                    break
         finally:
             if moved:
                 self._forget_listings()
@@ -1485,7 +1485,7 @@ class FemtoQueue:
             try:
                 return self._wait_and_claim(0.0 if until_empty else None, signals)
             except OSError as error:
-                if until_empty:
+                if until_empty or error.errno is None:  # such as the TimeoutError of an alarm
                     raise
                 if self._clock.now() >= self._next_complaint_us:
                     self._next_complaint_us = self._clock.now() + _SWEEP_US
@@ -1711,18 +1711,17 @@ class _Look:
         self.passed_over = set() if passed_over is None else passed_over
         self.strict = strict
         self.errors: list[OSError] = []  # the first ones
-        self.is_full = False  # or read-only, the disk: no use in trying to move more
+        self.seen = 0  # how many names of the listing in hand
 
     def passes_over(self, path: str, error: OSError) -> bool:
         """May the look go on without what is at `path`? If so, note it."""
         if self.strict:
             return False
-        if error.errno in _FULL:
-            self.is_full = True
-        else:
+        if error.errno not in _FULL:
             self.passed_over.add(path)
         if len(self.errors) < 10:
-            self.errors.append(error.with_traceback(None))  # whose frames hold this object
+            error.__context__ = None  # its frames, and those of the traceback, hold this object
+            self.errors.append(error.with_traceback(None))
         return True
 
     def read(self, reader: Callable[[str], list[T]], directory: str) -> list[T] | None:
@@ -1752,8 +1751,7 @@ class _Listing:
         self.skipped = False  # something was left to the next listing
         self.empty: list[str] = []  # buckets
         self.directories = [directory]  # read so far
-        self.seen = 0  # how many names were listed
-        self.seen_here = 0  # how many of them the call that began this listing looked at
+        self.size = 0  # how many names were listed
         self._end = "~" if horizon_us is None else "%016d~" % horizon_us
         self._lock = _thread.RLock()
         # All of these in descending order, so that the next one is the last.
@@ -1793,7 +1791,9 @@ class _Listing:
         while self._buckets and not (self._hand and self._hand[-1][0] < self._buckets[-1]):
             bucket = f"{self.directories[0]}/{self._buckets.pop()}"
             self.directories.append(bucket)
+            self.size += 1  # so that whoever began this sees less than all, should it not be readable
             names = _names(bucket)
+            self.size -= 1
             if not names:
                 self.empty.append(bucket)
             self._take_up(names, bucket)
@@ -1814,7 +1814,7 @@ class _Listing:
         tasks.sort(reverse=True)  # three times as fast as to sort the pairs
         listed = [(name, directory) for name in tasks if name <= self._end]
         self.hides |= len(listed) < len(tasks)
-        self.seen += len(listed)
+        self.size += len(listed)
         self._hand += listed
         self._hand.sort(reverse=True)
 
@@ -2308,7 +2308,10 @@ def _add_path(error: BaseException, path: str) -> None:
 
 
 def _log(message: str, *arguments: object, error: Exception | None = None) -> None:
-    import logging  # costs more to import than this module
+    try:
+        import logging  # costs more to import than this module
+    except OSError:
+        return  # out of descriptors: no reason to stop what goes on
 
     logging.getLogger("femtoqueue").warning(message, *arguments, exc_info=error)
 
