@@ -92,7 +92,7 @@ _MAX_ID = 216  # bytes: the name of a claim, "~n~deadline" behind the id, must f
 _BUCKET_US = 10**9  # the period of a shared bucket of pending/
 _CLOSE_US = 10**7  # the shortest period in scheduled/
 _BUCKET_TASKS = 1_000
-_BATCH = 1_000  # due, or abandoned, tasks that one look moves; errors that one pop passes over
+_BATCH = 1_000  # due, or abandoned, tasks that one look moves
 _LOOK_US = 1_000_000  # between looks for due and abandoned tasks, while there is other work
 _SWEEP_US = 60_000_000  # between sweeps
 _LINGER_US = 2_000_000  # how long an empty directory is kept that somebody may be about to use
@@ -592,7 +592,7 @@ class FemtoQueue:
             else:
                 # It was empty, and removed. We do not make it again: where two hosts remove and make
                 # one directory at a time, GlusterFS ends in a split brain.
-                bucket = self._buckets[state, returning] = self._new_bucket(state, time_us, bucket)
+                bucket = self._new_bucket(state, time_us, returning, bucket)
         raise _not_found(bucket.path)
 
     def _bucket_for(self, state: str, time_us: int, returning: bool = False) -> _Bucket:
@@ -603,14 +603,14 @@ class FemtoQueue:
         """
         bucket = self._buckets.get((state, returning))
         if bucket is None or not bucket.accepts(time_us):
-            bucket = self._buckets[state, returning] = self._new_bucket(state, time_us, bucket)
+            bucket = self._new_bucket(state, time_us, returning, bucket)
         bucket.used += 1
         if time_us > bucket.newest_us:
             bucket.newest_us = time_us
         return bucket
 
-    def _new_bucket(self, state: str, time_us: int, last: _Bucket | None) -> _Bucket:
-        """The shared bucket of the period; once that was used or is over, one named by this time."""
+    def _new_bucket(self, state: str, time_us: int, returning: bool, last: _Bucket | None) -> _Bucket:
+        """Take up the period's shared bucket; once that was used or is over, one named by this time."""
         start_us, end_us = _period(state, time_us)
         now_us = _wall_us() if state == "scheduled" else self._clock.now()
         entered = last is not None and start_us <= last.start_us < end_us
@@ -623,7 +623,9 @@ class FemtoQueue:
                 start_us = time_us
         # Durable producers leave the shared one soon: there each task costs a sync more.
         room = 1 if shared and self.sync_after_write else _BUCKET_TASKS
-        return _Bucket(self._dirs[state], start_us, end_us, shared, room)
+        bucket = _Bucket(self._dirs[state], start_us, end_us, shared, room)
+        self._buckets[state, returning] = bucket
+        return bucket
 
     def _take_room(self, unpublished: int = 0) -> None:
         """Raise queue.Full if there is no room for a task beside those still `unpublished`."""
@@ -977,7 +979,7 @@ class FemtoQueue:
             name = _format(task.id, task.attempt)
         bucket = self._bucket_for(state, time_us, returning=True)
         if bucket.made and not os.path.isdir(bucket.path):  # removed, as in _put_into_bucket
-            bucket = self._buckets[state, True] = self._new_bucket(state, time_us, bucket)
+            bucket = self._new_bucket(state, time_us, True, bucket)
         if self.sync_after_write:
             bucket.make_durable()
         self._leave_in_progress(
@@ -1014,9 +1016,8 @@ class FemtoQueue:
     ) -> None:
         """Take `task` out of in_progress/: to `target`, or away. Then sync the directories touched."""
         again = False
-        if (
-            task._half_done and task._half_done[0] == verdict
-        ):  # the same call raised: go on where it ended
+        if task._half_done and task._half_done[0] == verdict:
+            # The same call raised: go on where it ended.
             again, (_, target, directories) = True, task._half_done
         try:
             if not (again and task._moved):
@@ -1376,9 +1377,8 @@ class FemtoQueue:
                 if finished_s <= until_s:
                     count += _unlink(entry.path)
         if self.sync_after_write:
-            _sync_directories(
-                self._dirs[state]
-            )  # even if there was nothing: the call before may have failed here
+            # Even if there was nothing: the call before may have failed here.
+            _sync_directories(self._dirs[state])
         return count
 
     def join(self, timeout: float | None = None) -> bool:
@@ -1947,9 +1947,8 @@ def _sync_directories(*directories: str) -> None:
         try:
             descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
         except FileNotFoundError:
-            _sync_directories(
-                os.path.dirname(directory)
-            )  # a bucket that was emptied and removed meanwhile
+            # A bucket that was emptied and removed meanwhile.
+            _sync_directories(os.path.dirname(directory))
             continue
         try:
             os.fsync(descriptor)

@@ -615,6 +615,38 @@ def vanish(monkeypatch: pytest.MonkeyPatch) -> Callable[[Path], None]:
     return lambda path: doomed.append(str(path))
 
 
+def synced_path(descriptor: int) -> str:
+    """What an fsync of this descriptor is about."""
+    return os.readlink(f"/proc/self/fd/{descriptor}")
+
+
+@contextlib.contextmanager
+def synced_slowly(queue: FemtoQueue, end: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """The block runs while a pop in another thread is held up where it syncs a path with this end.
+
+    Yields what happens, in order: that it was synced, and that the block returned.
+    """
+    begun, returned = threading.Event(), threading.Event()
+    events: list[str] = []
+    real = os.fsync
+
+    def sync_slowly(descriptor: int) -> None:
+        if threading.current_thread() is slow and synced_path(descriptor).endswith(end):
+            begun.set()
+            returned.wait(0.5)  # in vain, unless the block returns too early
+            events.append("synced")
+        real(descriptor)
+
+    slow = threading.Thread(target=queue.pop)
+    monkeypatch.setattr(os, "fsync", sync_slowly)
+    slow.start()
+    assert begun.wait(10)
+    yield events
+    events.append("returned")
+    returned.set()
+    slow.join()
+
+
 @pytest.fixture
 def unlogged(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nobody keeps what is logged: with its traceback, an error keeps queue objects alive."""
@@ -5496,25 +5528,8 @@ def test_a_directory_made_again_is_synced_before_other_threads_claim(
     clock.advance(10)
     assert queue.pop() is None  # and its directory is removed
     queue.push_many([b"1", b"2"])
-    begun, returned = threading.Event(), threading.Event()
-    events: list[str] = []
-    real = os.fsync
-
-    def sync_slowly(descriptor: int) -> None:
-        if threading.current_thread() is slow and synced_path(descriptor).endswith("/in_progress"):
-            begun.set()
-            returned.wait(0.5)  # in vain, unless pop returns too early
-            events.append("synced")
-        real(descriptor)
-
-    slow = threading.Thread(target=queue.pop)
-    monkeypatch.setattr(os, "fsync", sync_slowly)
-    slow.start()
-    assert begun.wait(10)
-    assert queue.pop()
-    events.append("returned")
-    returned.set()
-    slow.join()
+    with synced_slowly(queue, "/in_progress", monkeypatch) as events:
+        assert queue.pop()
     assert events == ["synced", "returned"]
 
 
@@ -6628,11 +6643,6 @@ def test_an_object_is_made_while_all_are_told(directory: Path, monkeypatch: pyte
     assert made and (again := queue.pop()) and again.attempt == 2
 
 
-def synced_path(descriptor: int) -> str:
-    """What an fsync of this descriptor is about."""
-    return os.readlink(f"/proc/self/fd/{descriptor}")
-
-
 @durable_or_not
 @pytest.mark.parametrize("moment", ["before", "after"])
 def test_two_threads_make_one_bucket(
@@ -6709,27 +6719,10 @@ def test_done_waits_for_what_another_thread_syncs(
     """A durable done does not return before a task's way back, which another thread syncs, is on disk."""
     queue = FemtoQueue(directory, "a", sync_after_write=True)
     abandoned = put(directory / "in_progress" / DEAD_OWNER / "1700000000000000_x~1~1700000000000000")
-    begun, returned = threading.Event(), threading.Event()
-    events: list[str] = []
-    real = os.fsync
-
-    def sync_slowly(descriptor: int) -> None:
-        if threading.current_thread() is slow and synced_path(descriptor) == str(abandoned.parent):
-            begun.set()
-            returned.wait(0.5)  # in vain, unless done returns too early
-            events.append("synced")
-        real(descriptor)
-
-    slow = threading.Thread(target=queue.pop)
-    monkeypatch.setattr(os, "fsync", sync_slowly)
-    slow.start()
-    assert begun.wait(10)
-    task = queue.pop()
-    assert task and task.attempt == 2
-    queue.done(task)
-    events.append("returned")
-    returned.set()
-    slow.join()
+    with synced_slowly(queue, str(abandoned.parent), monkeypatch) as events:
+        task = queue.pop()
+        assert task and task.attempt == 2
+        queue.done(task)
     assert events == ["synced", "returned"]
 
 
