@@ -6244,17 +6244,22 @@ def test_a_full_disk_stops_no_task_that_needs_no_room(
     else:
         put(directory / "pending" / OLD_ID, b"not its payload")
         (directory / "corrupt").rmdir()
-    queue.push_many([b"1", b"2"])
+    queue.push_many([b"1", b"2", b"3", b"4"])
     clock.advance(1.5)
     real = os.mkdir
+    refused: list[str] = []
 
     def mkdir(path: str, *mode: int) -> None:
         if os.path.isdir(path):
             raise FileExistsError(errno.EEXIST, "there", path)
+        refused.append(path)
         raise OSError(errno.ENOSPC, "full", path)
 
     monkeypatch.setattr(os, "mkdir", mkdir)
     assert [drained_one(queue) for _ in range(2)] == [b"1", b"2"]
+    before = len(refused)
+    assert [drained_one(queue) for _ in range(2)] == [b"3", b"4"]
+    assert len(refused) == before, "what cannot be had is tried again at each pop"
     if place == "later":
         assert queue.pop() is None
     else:
@@ -6321,12 +6326,16 @@ def test_never_none_for_what_was_passed_over_before(
     assert drained_one(queue) == b"a" and failed
 
 
+@pytest.mark.parametrize("stale", [0, 2])
 def test_never_none_while_another_thread_fails(
-    directory: Path, queue: FemtoQueue, refuse: Refusal, monkeypatch: pytest.MonkeyPatch
+    directory: Path, queue: FemtoQueue, refuse: Refusal, monkeypatch: pytest.MonkeyPatch, stale: int
 ) -> None:
     """What a thread took from a listing and could not read, another one finds, or it raises as well."""
+    queue.push_many([b"taken by another worker"] * stale)
     assert drained_one(queue) == b"a"
-    refuse("open", next(queue.ids("pending")), errno.EACCES)
+    other = FemtoQueue(directory, "node-2")  # kept: when it goes, the other's listing is forgotten
+    drained(other)
+    refuse("open", queue.push(b"stuck"), errno.EACCES)
     raised: list[OSError] = []
 
     def fail() -> None:
