@@ -9,8 +9,8 @@
         print(task.data)
         q.done(task)
 
-A task is one file that holds exactly its payload. Its state is the directory it lies in, and every
-change of state is one atomic rename, so a crash leaves a task either here or there, never in between:
+A task is one file that holds exactly its payload. Its state is the directory it lies in. Every change
+of state is one atomic rename, so a crash leaves a task either here or there, never in between:
 
                  schedule                  push
                     |                       |
@@ -21,37 +21,43 @@ change of state is one atomic rename, so a crash leaves a task either here or th
                     +-----------------------|----------------+ | |    bad checksum
                                             |  lease expired   | +-----------------> corrupt
                                             +------------------+
-
     data_dir/
-      creating/<owner>~<id>                     being written, not seen by others; no .<crc32> yet
-      pending/<bucket>/<id>[~n]                 waiting; n = deliveries already used up
-      scheduled/<bucket>/<id>~n~<due_us>        waiting for the wall clock
-      in_progress/<owner>/<id>~n~<deadline_us>  claimed, until the deadline (the lease) at least
-      done/<id>   failed/<id>   corrupt/<id>
-      clock-<boot>                              the queue clock of one boot of one machine
+      layout                                         the version of this layout, in plain text
+      clock-<boot>                                   the queue clock of one boot of one machine
+      creating/<owner>~<id>                          being written, not seen by others
+      pending/<bucket>/<id>[~n[~<place_us>]]         waiting; n deliveries are used up
+      scheduled/<bucket>/<id>~n~<due_us>             waiting for the wall clock
+      in_progress/<owner>/<id>~n~<deadline_us>[~<since_us>]   claimed, until the deadline at least
+      done/<id>   failed/<id>   corrupt/<id>         failed/<id>~reason says why
 
-Names have one grammar:
+    id      <time_us>_<node_id>_<nonce>.<crc32>      16 digits, producer, 18 and 8 hex digits
+    bucket  <time_us>[.<token>]                      nothing in that directory is older
+    owner   <node_id>~<pid>~<start>~<place>~<token>  one FemtoQueue object in one process
 
-    id      <time_us>_<node_id>_<nonce>.<crc32>   16 digits, producer, unique token, 8 hex digits
-    bucket  16 digits; nothing in that directory is older
-    owner   <node_id>~<pid>~<start>~<place>~<token>   one FemtoQueue object in one process
+An id never changes. `pending/` is in the order of the tasks' places: a place is the time in the id,
+unless the name carries another one. A regular file that is renamed into pending/ under a name of 16
+digits, "_" and more is a task as well: so a shell script pushes. Whatever else lies about is left alone.
 
-Ids sort in queue order and never change. Any regular file that is renamed into pending/ under a name
-of 16 digits, "_" and no "~" is a task as well: so a shell script pushes. Everything else that lies
-about is left alone, and links are never followed.
+The queue clock gives places and leases. It never goes backwards on one machine, and all processes of
+one boot share it. Due times are wall-clock times.
 
-Order is by the queue clock: microseconds that never go backwards on one machine, shared by all of its
-processes, and continued above the newest task after a reboot. Due times are wall-clock times.
+What is promised: a task is delivered at least once, until `done`, `fail`, `cancel` or `purge` returned,
+and never after that. It has one claimant at a time. A worker that dies has its tasks given to another:
+within a second if its process is seen to be gone, and when the lease of `timeout_stale_ms` runs out in
+any case. A live worker within its lease is never robbed. Order is first in, first out. With
+`sync_after_write`, what returned survives a power cut.
 
-A worker that dies has its tasks given to another: at once if its process is gone (judged by PID,
-start time, boot and PID namespace), and in any case when the lease of `timeout_stale_ms` runs out. A
-task is never taken from a live worker within its lease.
+What is not: exactly-once effects (a worker can die between its work and its `done`), and, between
+machines, an order that is better than their clocks.
 
-Delivery is at least once: a worker can die between its work and its `done`. Exactly-once effects need
-handlers that may run twice. Order between machines is as good as their clocks agree.
+`FemtoQueue.run(handler)` is a worker's loop; `python femtoqueue.py DIR COMMAND` serves a shell. What is
+done unasked is logged to the logger "femtoqueue".
 
-`FemtoQueue.run(handler)` is the loop of a worker that stays. `python femtoqueue.py DIR COMMAND` offers
-the same to a shell; `-h` tells how. What goes on unasked is logged to the logger "femtoqueue".
+To read on: FemtoQueue is the face. Behind it, _Producer writes tasks, _Buckets says into which
+directory; _Consumer claims the oldest of a _Listing; _Claims gives the verdict; _Keeper brings back
+what is due or abandoned; _Worker is the loop; _Looking finds and counts; _Waiting sleeps until
+something changes. All stand on _Place, the directory. Below it are the clock, owners and who of them is
+alive, names, payloads, the filesystem and arguments, which know nothing of queues.
 """
 
 from __future__ import annotations
@@ -63,7 +69,6 @@ import os
 import stat
 import sys
 import time
-import weakref
 import zlib
 
 TYPE_CHECKING = False
@@ -71,9 +76,8 @@ if TYPE_CHECKING:  # typing costs more to import than all the rest
     import argparse
     import datetime
     import threading
-    import types
-    from collections.abc import Callable, Iterable, Iterator, Sequence
-    from typing import Any, TypeVar
+    from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+    from typing import Any, BinaryIO, TypeVar
 
     T = TypeVar("T")
 
@@ -81,36 +85,35 @@ __all__ = ["FemtoQueue", "FemtoQueueError", "FemtoTask", "NotInProgress", "STATE
 __version__ = "1.0.0"
 
 STATES = ("scheduled", "pending", "in_progress", "done", "failed", "corrupt")
-_BUCKETED = ("scheduled", "pending")
 _UNFINISHED = ("scheduled", "pending", "in_progress")
 _FINISHED = ("done", "failed", "corrupt")
+_LAYOUT = 1  # the version of what the docstring above draws
 
 _MAX_US = 10**16  # times have 16 digits
-_MAX_ATTEMPT = 10**9 - 1  # and attempts no more than 9
+_CLOCK_END_US = 7_258_118_400_000_000  # the year 2200: a stray name must not drag the clock along
+_MAX_ATTEMPT = 10**9 - 1  # attempts have 9 digits at most
+_MAX_ID = 199  # bytes: a claim, "~n~deadline~since" behind the id, must fit into NAME_MAX, 255
+_HEX = frozenset("0123456789abcdef")
 _FORBIDDEN = set('/~<>:"\\|?*' if os.name == "nt" else "/~")  # in ids and node_ids
-_MAX_ID = 216  # bytes: the name of a claim, "~n~deadline" behind the id, must fit into NAME_MAX, 255
-_BUCKET_US = 10**9  # the period of a shared bucket of pending/
-_CLOSE_US = 10**7  # the shortest period in scheduled/
+_BUCKET_US = 10**9  # the period for which all producers share a bucket of pending/
+_CLOSE_US = 10**7  # the shortest such period in scheduled/
 _BUCKET_TASKS = 1_000
 _BATCH = 1_000  # due, or abandoned, tasks that one look moves
-_LOOK_US = 1_000_000  # between looks for due and abandoned tasks, while there is other work
+_LOOK_US = 1_000_000  # between looks at all owners, and the longest sleep of a call that waits
 _SWEEP_US = 60_000_000  # between sweeps
-_LINGER_US = 2_000_000  # how long an empty directory is kept that somebody may be about to use
-_ORPHAN_US = 86_400_000_000  # how long the remains of an owner are kept who cannot be judged
-_POLL_S = 0.009  # how long a call that waits sleeps at a time
+_AHEAD_US = 1_000_000  # a stamp that is further in the future is not just another machine's clock
+_LINGER_S = 2  # how long an empty directory is kept that somebody may be about to use
+_ORPHAN_S = 86_400  # how long the remains of an owner are kept who cannot be judged
+_POLL_S = 0.009  # where nothing tells of changes: how long a call that waits sleeps at a time
 _ROUNDS = 4  # how often a call tries again; each needs another worker to have come in between
 _CHUNK = 1 << 20  # a larger payload is not kept in memory
 _SMALL = 4_096  # read at once; a larger buffer costs a page fault, asking for the size a system call
-_FULL = (errno.EROFS, errno.ENOSPC, errno.EDQUOT)  # not about the file that is named
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)  # not about the file that is named
+_SCARCE = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 _WRITE_FLAGS = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
 # A FIFO or a link that carries a task's name must neither block the reader nor lead it elsewhere.
 _NO_FOLLOW = getattr(os, "O_NOFOLLOW", 0)
 _READ_FLAGS = os.O_RDONLY | _NO_FOLLOW | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
-# The first bytes of a payload that version 0.3 or 0.4 of the original femtoqueue wrote; MD5 follows.
-_LEGACY_MAGIC = b"\x01" + bytes(7)
-_LEGACY_HEADER = len(_LEGACY_MAGIC) + 16
-_LEGACY_NAME = "_<built-in method hex of bytes object at 0x"  # in its file names: it left out the ()
-_LAST_CLOCK_US = 7_258_118_400_000_000  # the year 2200: a stray name must not drag the clock along
 
 
 class FemtoQueueError(Exception):
@@ -122,54 +125,49 @@ class NotInProgress(FemtoQueueError):
 
 
 class FemtoTask:
-    """One delivery of a task, as `FemtoQueue.pop` returns it.
+    """One delivery of a task, as `pop` returns it. It can be pickled, and finished elsewhere.
 
-    It can be pickled, and finished through another FemtoQueue object on the same directory.
-
-    id         What `push` or `schedule` returned.
-    attempt    Which delivery this is; 1 is the first.
-    path       The claimed file, for streaming. Valid until the task is finished or touched.
-    lost       Set while `FemtoQueue.run` handles this task and its lease was lost all the same.
+    id         str: what `push` or `schedule` returned.
+    attempt    int: which delivery this is; 1 is the first.
+    path       str: the claimed file, for streaming. Valid until the task is finished or touched.
+    queue      FemtoQueue: the one that `run` took it from; else None.
     """
 
-    lost: bool = False
-    _payload_start = 0  # in the file
-    _claimed_from = ""  # the directory it was claimed from
-    # Of a call that raised: its name, where the file goes, which directories to sync.
-    _half_done: tuple[str, str | None, tuple[str, ...]] | None = None
-    _moved = False  # out of in_progress/
-    _finished = False  # moved, and synced if that was asked for
-    _copied = False  # somebody else may finish it
+    queue: FemtoQueue | None = None
+    _bucket = ""  # the directory that it was claimed from
+    _verdict = ""  # given: the claim was moved
+    _finished = False  # and that is on disk, if it was asked for
+    _was_taken = False
+    _since_us = 0  # when it was claimed, by the queue clock
+    _ends_us = float("inf")  # when the lease is over, by the clock since boot
 
     def __init__(self, id: str, data: bytes | None, attempt: int = 1, path: str = "") -> None:
         self.id: str = id
         self.attempt: int = attempt
         self.path: str = path
         self._data = data
-        self._forks = _forks
 
     @property
     def data(self) -> bytes:
-        """The payload.
-
-        One over 1 MiB is read from `path` each time it is asked for, and gone with the claim: then
-        FileNotFoundError is raised.
-        """
+        """The payload. One over 1 MiB is read each time: once finished, FileNotFoundError is raised."""
         if self._data is not None:
             return self._data
         for _ in range(_ROUNDS):
             try:
                 with open(self.path, "rb") as file:
-                    file.seek(self._payload_start)
                     return file.read()
-            except FileNotFoundError:  # renamed: its lease was renewed, perhaps through another copy
-                directory = os.path.dirname(self.path)
-                self.path = _find_claim(directory, self.id, self.attempt) or self.path
+            except FileNotFoundError:  # its lease was renewed, and so its name
+                self.path = _find_claim(os.path.dirname(self.path), self.id, self.attempt) or self.path
         raise _not_found(self.path)
 
+    @property
+    def lost(self) -> bool:
+        """True once the lease is over, by the clock: another worker may have the task by now."""
+        return self._was_taken or (not self._verdict and _since_boot_us() > self._ends_us)
+
     def __getstate__(self) -> dict[str, object]:
-        self._copied = True
-        return vars(self)
+        # Another process has another queue object, and perhaps another boot.
+        return {name: value for name, value in vars(self).items() if name not in ("queue", "_ends_us")}
 
     def __repr__(self) -> str:
         return f"FemtoTask(id={self.id!r}, attempt={self.attempt})"
@@ -178,26 +176,22 @@ class FemtoTask:
 class FemtoQueue:
     """A queue in a directory. All objects on one directory, in whatever process, are one queue.
 
-    data_dir   Where the queue lies, on one filesystem; made if it does not exist. A directory of
-               version 0.3 or 0.4 of the original femtoqueue is taken over when it is first opened.
-    node_id    Stable name of this worker's place, such as the host name. It belongs to one machine or
-               container at a time: tasks that it claimed elsewhere are taken back at the first `pop`.
-               Several processes of one machine may share it. At most 64 bytes, without "/" and "~".
-    timeout_stale_ms
-               The lease, in milliseconds: a claimed task that was neither finished nor touched for so
-               long is given to another worker. Until then it is safe as long as its process lives.
-    sync_after_write
-               Survive power cuts: what returned is on disk, with every directory entry to it.
-    max_attempts
-               After so many deliveries a task that comes back goes to failed/. None: no limit.
-    keep_done, keep_failed
-               Keep finished tasks in done/ and failed/, or delete them.
-    maxsize    `push` raises `queue.Full` when so many tasks are pending. 0: no limit. The limit is
-               exact for one producer that is alone. Several may exceed it, each by half of the room
-               that it last saw; so may tasks that come due or back in another process.
+    data_dir           On one filesystem; made if it does not exist.
+    node_id            Stable name of this worker's place, such as the host name; several processes of
+                       one machine may share it. Give each machine or container its own: what it
+                       claimed before is taken back when its name is opened elsewhere. Printable ASCII,
+                       64 characters at most, no "/", no "~".
+    timeout_stale_ms   The lease: a claimed task that was neither finished nor touched for so long is
+                       given to another worker. Until then it is safe as long as its process lives.
+    sync_after_write   Survive power cuts: what returned is on disk, with every directory entry to it.
+    max_attempts       After so many deliveries a task that comes back goes to failed/. None: no limit.
+    keep_done, keep_failed   Keep finished tasks in done/ and failed/, or delete them.
+    maxsize            `push` raises `queue.Full` when so many tasks are pending. 0: no limit. Exact for
+                       one producer that is alone. Of several each may exceed it by half of its room.
 
-    Bad arguments raise TypeError or ValueError, before anything is written. Any call may raise OSError;
-    the same call can then be made again.
+    Bad arguments raise TypeError or ValueError, before anything is written. A directory of a later
+    layout, or of the original femtoqueue 0.3 or 0.4, raises FemtoQueueError. Any call may raise
+    OSError: then it can be made again.
     """
 
     def __init__(
@@ -212,18 +206,16 @@ class FemtoQueue:
         keep_failed: bool = True,
         maxsize: int = 0,
     ) -> None:
-        root = _path("data_dir", data_dir)
+        root = _as_path("data_dir", data_dir)
         if not root or "\0" in root:
             raise ValueError(f"data_dir: {root!r} is no path; name a directory")
         _check_node_id(node_id)
-        _check_number("timeout_stale_ms", timeout_stale_ms, 1e-3, 1e12, "milliseconds")
-        if max_attempts is not None:
-            _check_int("max_attempts", max_attempts, 1, "at least 1, or None for no limit")
-        _check_int("maxsize", maxsize, 0, "at least 0, where 0 is no limit")
-        _check_flag("sync_after_write", sync_after_write)
-        _check_flag("keep_done", keep_done)
-        _check_flag("keep_failed", keep_failed)
-
+        _check("timeout_stale_ms", timeout_stale_ms, "a number of milliseconds", 1e-3, 1e12)
+        _check("max_attempts", 1 if max_attempts is None else max_attempts, "an int, or None", 1)
+        _check("maxsize", maxsize, "an int", 0)
+        for name, flag in (("sync_after_write", sync_after_write), ("keep_done", keep_done)):
+            _check(name, flag, "True or False")
+        _check("keep_failed", keep_failed, "True or False")
         self.data_dir: str | os.PathLike[str] = data_dir
         self.node_id: str = node_id
         self.timeout_stale_ms: float = timeout_stale_ms
@@ -232,156 +224,37 @@ class FemtoQueue:
         self.keep_done: bool = bool(keep_done)
         self.keep_failed: bool = bool(keep_failed)
         self.maxsize: int = maxsize
-
         self._root = os.path.abspath(root)  # the program may change its directory
-        self._lease_us = int(timeout_stale_ms * 1_000)
-        self._dirs = {state: f"{self._root}/{state}" for state in (*STATES, "creating")}
-        self._closed = False
-        self._all_given_back = False
-        self._become_new_owner()
-        self._make_directories()
-        self._clock = self._open_clock()
-        if self.sync_after_write:
-            # Whoever made them need not have been durable.
-            _sync_directories(os.path.dirname(self._root), self._root)
-        weakref.finalize(self, _look_soon, self._root).atexit = False
+        self._parts: dict[int, _Parts] = {}
+        self._here().place.open()
 
-    def _become_new_owner(self) -> None:
-        """Set up all that must not be shared with the process that this one was forked from."""
-        me = _identity()
-        self._owner = (
-            f"{self.node_id}~{me.pid}~{me.start}~{me.place}~{_interpreter}{os.urandom(4).hex()}"
-        )
-        self._own_dir = f"{self._dirs['in_progress']}/{self._owner}"
-        self._creating = f"{self._dirs['creating']}/{self._owner}~"
-        self._producer = f"{self.node_id}_{os.urandom(6).hex()}"
-        self._count = itertools.count()
-        self._buckets: dict[tuple[str, bool], _Bucket] = {}  # where the next task goes
-        self._room = 0  # how many tasks may come before maxsize is looked at again
-        self._listing: _Listing | None = None
-        self._misses = 0  # rises when another worker was quicker, falls with each claim
-        self._has_company = False  # of other processes that claim tasks
-        self._has_hosts = False  # other machines or containers among them
-        # Claims that may exist though pop() did not return them: an error came, or an answer was lost.
-        self._unsure: set[str] = set()
-        # Paths that could not be read or moved, lately. A set that lies here is not changed any more.
-        self._passed_over: set[str] = set()
-        self._claimed_at_us = 0
-        self._next_look_us = 0
-        self._next_sweep_us = 0
-        self._next_complaint_us = 0
-        self._own_dir_lock = _thread.RLock()
-        self._own_dirs_made = 0
-        self._own_dir_is_ready = False  # made, and if that was asked for, for good
-        self._unsynced: dict[str, None] = {}  # directories of renames not synced, the old side first
-        self._unconfirmed: dict[tuple[str, str], tuple[str, ...]] = {}  # the same, by call and id
-        self._sync_lock = _thread.RLock()
-        self._generation = _generation
-        _owners[self._owner] = self
+    def _here(self) -> _Parts:
+        """The parts of this process. A child has its own, however it was forked: it claims as itself."""
+        pid = os.getpid()
+        parts = self._parts.get(pid)
+        if parts is None:
+            parts = self._parts.setdefault(pid, _Parts(self))  # the same for all threads
+            for other in set(self._parts) - {pid}:
+                self._parts.pop(other, None)
+        parts.owner.check_open()
+        return parts
 
-    def _make_directories(self) -> None:
-        made = _make_directory(self._root)
-        if self.sync_after_write:
-            _sync_directories(*map(os.path.dirname, made))
-        for state, directory in self._dirs.items():
-            if state != "in_progress":
-                _make_directory(directory)
-        if not os.path.isdir(self._dirs["in_progress"]):
-            self._adopt_original()
-            # Last: as long as it is missing, whoever opens the directory adopts again.
-            _make_directory(self._dirs["in_progress"])
-
-    def _adopt_original(self) -> None:
-        """Take over a directory of the original femtoqueue 0.3 or 0.4, tasks in progress included.
-
-        There, a worker's tasks lie in `<node_id>/` beside `pending/`. Only a time in the future tells
-        a scheduled one, in `scheduled/` (0.4) or in `pending/` (0.3).
-        """
-        pending, scheduled = touched = [self._dirs["pending"], self._dirs["scheduled"]]
-        now_us = _wall_us()
-        for entry in _list(self._root):
-            if entry.name in (*self._dirs, "lost+found") or not entry.is_dir(follow_symlinks=False):
-                continue
-            try:
-                tasks = [task for task in _list(entry.path) if _is_original(task)]
-            except FileNotFoundError:
-                continue  # another process is doing the same
-            for task in tasks:
-                _rename(task.path, f"{pending}/{task.name}")
-            if tasks:
-                touched.insert(0, entry.path)
-                _remove_directory(entry.path)
-        for directory in (pending, scheduled):
-            for task in _list(directory):
-                if _is_original(task):
-                    time_text, _, rest = task.name.partition("_")
-                    later = directory == scheduled or int(time_text) > now_us
-                    name = f"{max(0, int(time_text)):016d}_{rest}"
-                    _rename(task.path, f"{scheduled if later else pending}/{name}")
-        if self.sync_after_write:
-            _sync_directories(*touched)
-
-    def _open_clock(self) -> _Clock:
-        """Find the offset that this boot's first process chose, or choose it."""
-        path = f"{self._root}/clock-{_identity().boot}"
-        offset_us = _read_offset(path)
-        if offset_us is None:
-            offset_us = max(_wall_us(), self._newest_us() + 1) - _monotonic_us()
-            try:
-                offset_us = self._share_offset(path, offset_us)
-            except OSError as error:
-                # Whoever may only look needs no clock that others share.
-                if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
-                    raise
-        return _clocks.setdefault((self._root, offset_us), _Clock(offset_us))
-
-    def _share_offset(self, path: str, offset_us: int) -> int:
-        """Offer it to the other processes of this boot; return theirs if one was first."""
-        draft = self._creating + "%016d" % _wall_us()
-        self._write(draft, (f"{offset_us}\n".encode(),))
-        try:
-            os.link(draft, path)  # whole at once like a rename, but the first one wins
-        except OSError:
-            first_us = _read_offset(path)
-            if first_us is not None:
-                return first_us
-            _rename(draft, path)  # over a broken one, or on a filesystem without hard links
-        finally:
-            _try(_unlink, draft)
-        return offset_us
-
-    def _newest_us(self) -> int:
-        """The newest time in pending/ and in_progress/, above which the clock must start."""
-        times = [0]
-        errors: list[OSError] = []
-        wall_us = _wall_us()
-        for entry in _list(self._dirs["pending"]):
-            times.append(_time_of(entry.name))
-            # A bucket's tasks are of one period: an older one cannot be ahead of the wall clock.
-            if _is_bucket(entry) and int(entry.name) + _BUCKET_US > wall_us:
-                times += map(_time_of, _names(entry.path, errors))
-        for name, directory in self._files("in_progress", errors=errors):
-            times.append(_time_of(name))
-            # A deadline set when the wall clock was ahead would come too late. The clock need not start
-            # above that, only above when the lease began, which is the file's change time.
-            if (claim := _parse(name)) and (info := _lstat(f"{directory}/{name}")):
-                times.append(min(info.st_ctime_ns // 1_000, claim[2]))
-        _raise_unless_permission(errors)
-        return max(time_us for time_us in times if time_us < _LAST_CLOCK_US)
+    def __del__(self) -> None:
+        for parts in getattr(self, "_parts", {}).values():
+            parts.owner.depart()
 
     def __repr__(self) -> str:
         return f"FemtoQueue({self._root!r}, node_id={self.node_id!r})"
 
     def __getstate__(self) -> dict[str, object]:
         # In another process it is another owner: only what it was made with goes along.
-        names = ("node_id", "timeout_stale_ms", "sync_after_write")
-        options = ("max_attempts", "keep_done", "keep_failed", "maxsize")
-        return {"data_dir": self._root, **{name: getattr(self, name) for name in names + options}}
+        arguments = {name: value for name, value in vars(self).items() if not name.startswith("_")}
+        return {**arguments, "data_dir": self._root}
 
     def __setstate__(self, arguments: dict[str, object]) -> None:
         self.__init__(**arguments)  # type: ignore[misc]
 
-    # --- in: push, schedule -----------------------------------------------------------------------
+    # --- in ---------------------------------------------------------------------------------------
 
     def push(self, data: bytes | bytearray | memoryview) -> str:
         """Add a task at the end of the queue; return its id, which stays whatever becomes of the task.
@@ -389,114 +262,33 @@ class FemtoQueue:
         Raises TypeError if `data` is not bytes-like (encode a str yourself), and `queue.Full` if
         `maxsize` tasks are pending.
         """
-        return self._add((_as_bytes(data),))
+        return self._here().producer.add((_as_bytes(data),))
 
     def push_many(self, items: Iterable[bytes | bytearray | memoryview]) -> list[str]:
         """Push all `items`, in order, and return their ids.
 
         With `sync_after_write` the whole batch becomes durable together, at a fraction of the price.
-        If this raises, such as TypeError for an item or `queue.Full`, those that were pushed are the
-        first ones of `items`, perhaps none.
+        If this raises, those that were pushed are the first ones of `items`, perhaps none.
         """
-        if isinstance(items, (bytes, bytearray, memoryview, str)):
-            raise TypeError("items: expected several payloads, got one; use push()")
-        if not hasattr(items, "__iter__"):
-            raise TypeError(f"items: expected an iterable, got {type(items).__name__}")
-        self._check_open()
-        if not self.sync_after_write:
-            return [self.push(item) for item in items]
-        drafts: list[tuple[str, int, str]] = []  # path, time, id
-        added: list[str] = []
-        touched: set[str] = set()
-        try:
-            self._write_many(items, drafts)
-            for path, time_us, id in drafts:
-                bucket = self._put_into_bucket(path, "pending", time_us, id)
-                if bucket is None:
-                    raise _not_found(path)
-                added.append(f"{bucket.path}/{id}")
-                touched.update(bucket.to_sync())
-            _sync_directories(*touched)
-        except BaseException as error:
-            for path in (*reversed(added), *(path for path, _, _ in drafts)):
-                _try(_unlink, path)
-            _add_path(error, self._dirs["creating"])
-            raise
-        return [id for _, _, id in drafts]
+        if isinstance(items, (bytes, bytearray, memoryview, str)) or not hasattr(items, "__iter__"):
+            raise TypeError(f"items: expected several payloads, got {type(items).__name__}; use push()")
+        producer = self._here().producer
+        if self.sync_after_write:
+            return producer.add_together(map(_as_bytes, items))
+        return [producer.add((_as_bytes(item),)) for item in items]
 
-    def _write_many(self, items: Iterable[object], drafts: list[tuple[str, int, str]]) -> None:
-        """Write a new file for each item, for good, and note each in `drafts` beforehand."""
-        unsynced: list[int] = []
-        try:
-            for item in items:
-                if self.maxsize:
-                    self._take_room(len(drafts))
-                data = _as_bytes(item)
-                time_us = self._clock.stamp()
-                stem = self._new_stem(time_us)
-                path = self._creating + stem
-                drafts.append((path, time_us, f"{stem}.{zlib.crc32(data):08x}"))
-                unsynced.append(os.open(path, _WRITE_FLAGS, 0o666))
-                _write_all(unsynced[-1], data)
-                if len(unsynced) == 100:
-                    _sync_files(unsynced)
-            _sync_files(unsynced)
-        finally:
-            for descriptor in unsynced:
-                _try(os.close, descriptor)
-
-    def push_file(self, path: str | os.PathLike[str], *, move: bool = False) -> str:
+    def push_file(self, path: str | os.PathLike[str] | BinaryIO, *, move: bool = False) -> str:
         """Push the content, of any size, of a regular file that nobody writes to any more.
 
-        `move` takes the file itself: it is renamed where it lies on the same filesystem as the queue,
-        copied and then deleted elsewhere. Until this returns, it is where it was, or it is a task.
-        Raises ValueError if `path` is not a regular file, and `queue.Full` like `push`.
+        An open binary file is read to its end. `move` takes the file itself: it is renamed where it
+        lies on the same filesystem as the queue, copied and then deleted elsewhere. Until this returns,
+        it is where it was, or it is a task. Raises ValueError if `path` is not a regular file, and
+        `queue.Full` like `push`.
         """
-        self._check_open()
-        source = _path("path", path)
-        try:
-            if move and (id := self._push_by_rename(source)):
-                return id
-            descriptor = _open_regular(source, _READ_FLAGS & ~_NO_FOLLOW)
-            try:
-                id = self._add(_chunks(descriptor))
-            finally:
-                _try(os.close, descriptor)
-        except OSError as error:
-            _add_path(error, source)
-            raise
-        if move:
-            try:
-                _unlink(source)
-            except BaseException:
-                if _exists(source):
-                    self.cancel(id)  # or there would be both the task and the file
-                raise
-        return id
-
-    def _push_by_rename(self, source: str) -> str | None:
-        """Make the file itself a task; None if it lies on another filesystem."""
-        if self.maxsize:
-            self._take_room()
-        if os.path.islink(source):
-            raise ValueError(f"path: {source!r} is a symbolic link; move the file that it points to")
-        # Windows only syncs what is open for writing, and renames nothing that is open.
-        descriptor = _open_regular(source, _READ_FLAGS | (os.O_RDWR if os.name == "nt" else 0))
-        try:
-            crc = _crc(descriptor)
-            if self.sync_after_write:
-                os.fsync(descriptor)
-        finally:
-            _try(os.close, descriptor)
-        time_us = self._clock.stamp()
-        id = f"{self._new_stem(time_us)}.{crc:08x}"
-        try:
-            self._publish(source, "pending", time_us, id, os.path.dirname(os.path.abspath(source)))
-        except OSError as error:
-            if error.errno == errno.EXDEV:
-                return None
-            raise
-        return id
+        producer = self._here().producer
+        if hasattr(path, "read"):
+            return producer.add(iter(lambda: _as_bytes(path.read(_CHUNK)), b""))
+        return producer.add_file(_as_path("path", path), move)
 
     def schedule(self, data: bytes | bytearray | memoryview, time_us: int | datetime.datetime) -> str:
         """Add a task that becomes pending at a wall-clock time, behind all that is pending then.
@@ -505,1516 +297,1963 @@ class FemtoQueue:
         an aware datetime. A time in the past is due at once. Raises ValueError for a naive datetime,
         and for a number that can only be seconds, milliseconds or nanoseconds.
         """
-        return self._add((_as_bytes(data),), _as_due_us(time_us))
+        due_us = _as_due_us(time_us)
+        return self._here().producer.add((_as_bytes(data),), due_us)
 
-    def _add(self, chunks: Iterable[bytes], due_us: int | None = None) -> str:
-        """Write a task and publish it: as pending, or as scheduled if it has a due time."""
-        self._check_open()
-        if self.maxsize and due_us is None:
-            self._take_room()
-        time_us = self._clock.stamp()
-        if due_us is not None:
-            # The id is in queue time. Once the wall clock was set, that differs; in whole milliseconds,
-            # so that the noise between two clock readings does not shuffle tasks that are due together.
-            time_us = max(time_us, due_us + round(time_us - _wall_us(), -3))
-        stem = self._new_stem(time_us)
-        draft = self._creating + stem
-        try:
-            id = "%s.%08x" % (stem, self._write(draft, chunks))
-            if due_us is None:
-                self._publish(draft, "pending", time_us, id)
-            else:
-                self._publish(draft, "scheduled", due_us, _format(id, 0, due_us))
-        except BaseException:
-            _try(_unlink, draft)
-            raise
-        return id
-
-    def _new_stem(self, time_us: int) -> str:
-        """An id but for its checksum."""
-        return "%016d_%s%06x" % (time_us, self._producer, next(self._count))
-
-    def _write(self, path: str, chunks: Iterable[bytes]) -> int:
-        """Write a new file, for good; return its CRC-32."""
-        descriptor = os.open(path, _WRITE_FLAGS, 0o666)
-        try:
-            try:
-                crc = 0
-                for chunk in chunks:
-                    crc = zlib.crc32(chunk, crc)
-                    _write_all(descriptor, chunk)
-                if self.sync_after_write:
-                    os.fsync(descriptor)
-            except BaseException:
-                _try(os.close, descriptor)
-                raise
-            os.close(descriptor)  # where a network filesystem reports a failed write
-        except BaseException as error:
-            _try(_unlink, path)
-            _add_path(error, path)
-            raise
-        return crc
-
-    def _publish(self, draft: str, state: str, time_us: int, name: str, *also: str) -> None:
-        """Make a whole file a task, for good; if that fails, it is none. `also` is synced with it."""
-        bucket = self._put_into_bucket(draft, state, time_us, name)
-        if bucket is None:
-            raise _not_found(draft)
-        if self.sync_after_write:
-            try:
-                _sync_directories(*also, *bucket.to_sync())
-            except BaseException:
-                # Withdrawn, unless a worker has it already. A file to be moved is where it was.
-                _try(_rename, f"{bucket.path}/{name}", draft)
-                raise
-
-    def _put_into_bucket(
-        self, source: str, state: str, time_us: int, name: str, returning: bool = False
-    ) -> _Bucket | None:
-        """Rename `source` into a bucket of `state`; None if another worker took it meanwhile."""
-        bucket = self._bucket_for(state, time_us, returning)
-        for _ in range(_ROUNDS):
-            target = f"{bucket.path}/{name}"
-            try:
-                if self.sync_after_write:
-                    bucket.make_durable()
-                if _rename(source, target):
-                    return bucket
-            except BaseException:
-                _try(_rename, target, source)  # for what came when that was done
-                raise
-            if not bucket.made:
-                _make_directory(bucket.path)
-                bucket.made = True  # not before: another thread would take it for one that was removed
-            elif not _exists(source):
-                # Over NFS, a rename that was sent twice succeeds and then reports ENOENT: rename(2).
-                return bucket if _exists(target) else None
-            else:
-                # It was empty, and removed. We do not make it again: where two hosts remove and make
-                # one directory at a time, GlusterFS ends in a split brain.
-                bucket = self._new_bucket(state, time_us, returning, bucket)
-        raise _not_found(bucket.path)
-
-    def _bucket_for(self, state: str, time_us: int, returning: bool = False) -> _Bucket:
-        """The bucket in hand if it is for tasks of this time, or a new one.
-
-        Tasks that are `returning` have their own, or new ones would enter the shared one anew each time
-        the period changes to and fro.
-        """
-        bucket = self._buckets.get((state, returning))
-        if bucket is None or not bucket.accepts(time_us):
-            bucket = self._new_bucket(state, time_us, returning, bucket)
-        bucket.used += 1
-        if time_us > bucket.newest_us:
-            bucket.newest_us = time_us
-        return bucket
-
-    def _new_bucket(self, state: str, time_us: int, returning: bool, last: _Bucket | None) -> _Bucket:
-        """Take up the period's shared bucket; once that was used or is over, one named by this time."""
-        start_us, end_us = _period(state, time_us)
-        now_us = _wall_us() if state == "scheduled" else self._clock.now()
-        entered = last is not None and start_us <= last.start_us < end_us
-        shared = not entered and now_us < end_us  # nobody comes to one of the past any more
-        if not shared:
-            if last and entered and not last.shared and last.start_us <= time_us <= last.newest_us:
-                # More tasks than a bucket holds can be due at one microsecond. That name is taken.
-                start_us = max(0, last.start_us - 1)
-            else:
-                start_us = time_us
-        # Durable producers leave the shared one soon: there each task costs a sync more.
-        room = 1 if shared and self.sync_after_write else _BUCKET_TASKS
-        bucket = _Bucket(self._dirs[state], start_us, end_us, shared, room)
-        self._buckets[state, returning] = bucket
-        return bucket
-
-    def _take_room(self, unpublished: int = 0) -> None:
-        """Raise queue.Full if there is no room for a task beside those still `unpublished`."""
-        if self._room <= 0:
-            errors: list[OSError] = []
-            pending = sum(1 for name, _ in self._files("pending", errors=errors) if _parse(name))
-            _raise_unless_permission(errors)
-            free = self.maxsize - unpublished - pending
-            if free <= 0:
-                import queue
-
-                raise queue.Full(f"{self.maxsize} tasks are pending in {self._root}")
-            self._room = (free + 1) // 2
-        self._room -= 1
-
-    # --- through: pop, done, fail, retry, touch ---------------------------------------------------
+    # --- through ----------------------------------------------------------------------------------
 
     def pop(self, timeout: float | None = 0.0) -> FemtoTask | None:
         """Claim the oldest pending task, for the lease of `timeout_stale_ms`.
 
-        Finish it with `done`, `fail` or `retry`. Due scheduled tasks, and those of dead or hung
-        workers, become pending first, or within a second while there is other work. Returns None only
-        after `timeout` seconds, where None waits for ever, and never while a task is pending or due.
+        Finish it with `done`, `fail` or `retry`. Due tasks become pending first. So do those of dead or
+        hung workers: at the first `pop` of an object, and then within a second. Returns None only after
+        `timeout` seconds, where None waits for ever, and never while a task is pending or due.
         """
-        self._check_open()
-        if timeout != 0:
-            _check_timeout(timeout)
-        now_us = self._clock.stamp()
-        listing = self._listing
-        if listing and now_us < self._next_look_us and not self._passed_over:  # the usual case
-            try:
-                if (found := listing.next()) and (task := self._claim(*found, now_us, listing)):
-                    return task
-            except OSError:
-                self._start_over()
-        return self._wait_and_claim(timeout)
-
-    def _wait_and_claim(self, timeout: float | None, stopped: Sequence[int] = ()) -> FemtoTask | None:
-        """Look everywhere, until there is a task, time is over, or `stopped` is not empty."""
-        end_s = None if timeout is None else time.monotonic() + timeout
-        while not stopped:
-            self._check_open()
-            last = end_s is not None and time.monotonic() >= end_s
-            task = self._claim_despite_errors(last)
-            if task is not None or last:
-                return task
-            self._sleep_until_change(end_s, stopped)
-        return None
-
-    def _claim_despite_errors(self, last: bool) -> FemtoTask | None:
-        """The oldest task there is, or None; OSError if there may be one that cannot be had.
-
-        Upon an error all is tried once more, for a passing fault must not change the order. What then
-        fails is passed over, so that one file that this user may not read does not stop the others. It
-        is tried again when there is nothing else, and after a minute.
-        """
-        try:
-            look = _Look(self._passed_over)
-            task = self._refill_and_claim(last, look)
-            if task is None and look.passed_over:
-                self._start_over()
-                self._passed_over = set()
-                task = self._refill_and_claim(last, _Look())
-            return task
-        except OSError:
-            self._start_over()
-        self._passed_over = set()
-        look = _Look(strict=False)
-        task = self._refill_and_claim(last, look)
-        if task is None and look.errors:
-            self._start_over()
-            raise look.errors.pop(0)  # out of the list, which its traceback is going to hold
-        for error in look.errors:
-            _log("%s; it is passed over", str(error))
-        self._passed_over = look.passed_over
-        return task
-
-    def _refill_and_claim(self, last: bool, look: _Look) -> FemtoTask | None:
-        """Claim the oldest task; None if there is none, although what is due was made pending.
-
-        The `last` look, before the caller gets None, is for abandoned tasks as well.
-        """
-        if self._clock.now() >= self._next_look_us:
-            self._refill_pending(look)
-        while True:
-            task = self._claim_oldest(look)
-            if task is not None:
-                return task
-            before = len(look.passed_over)  # what is passed over makes room in a batch for others
-            found = self._refill_pending(look) if last or look.errors else self._promote_due(look)
-            if not found and len(look.passed_over) == before:
-                return None
-
-    def _start_over(self) -> None:
-        self._listing = None
-        self._next_look_us = 0
-
-    def _sleep_until_change(self, end_s: float | None, stopped: Sequence[int]) -> None:
-        """Sleep until there may be something to do; for a tenth of a second at most.
-
-        A change of the directories' times ends it. That they are unchanged proves nothing, for a
-        filesystem's time moves in steps: so in the end everything is listed again.
-        """
-        listing = self._listing
-        before = _modified(listing.directories) if listing else []
-        steady = listing is not None and bool(before) and max(before) < listing.begun_s - 0.02
-        left_s = (self._next_look_us - self._clock.now()) / 1e6
-        if end_s is not None:
-            left_s = min(left_s, end_s - time.monotonic())
-        turns = int(left_s / _POLL_S) if steady else 0
-        for _ in range(max(1, min(turns, 11))):
-            time.sleep(max(0.0, min(left_s, _POLL_S)))
-            if stopped or not listing or _modified(listing.directories) != before:
-                break
-
-    def _claim_oldest(self, look: _Look) -> FemtoTask | None:
-        """Claim the oldest task there is; None if a listing begun here has nothing to claim."""
-        tried: dict[str, int] = {}
-        alone = False
-        listing = self._listing
-        task = self._claim_first_of(listing, tried, look) if listing else None
-        quiet = 0  # listings in a row with nothing new, but for what they hide
-        while task is None and quiet < 3:
-            before = sum(tried.values())
-            # Twice there was nothing but what is stamped in the future: by a machine whose clock is
-            # ahead. Take it as it is.
-            horizon_us = None if quiet == 2 else self._clock.now()
-            self._listing = None  # should the next one fail, this one is not gone on with
-            listing = _Listing(self._dirs["pending"], horizon_us, look.passed_over)
-            if not alone:
-                self._listing = listing
-            look.seen = 0
-            task = self._claim_first_of(listing, tried, look)
-            if sum(tried.values()) > before or listing.skipped:
-                quiet = 0
-            elif look.seen < listing.size and not alone:
-                alone = True  # other threads took of it what they perhaps could not have
-            elif listing.hides:
-                quiet += 1
-            else:
-                break
-        return task
-
-    def _claim_first_of(
-        self, listing: _Listing, tried: dict[str, int], look: _Look
-    ) -> FemtoTask | None:
-        """Claim the first task of a listing that can be had; None if there is none."""
-        while True:
-            path = None
-            try:
-                if (found := listing.next()) is None:
-                    self._remove_empty(listing.empty)
-                    return None
-                name, directory = found
-                path = f"{directory}/{name}"
-                look.seen += 1
-                times = tried.get(name, 0)
-                # Network filesystems list what is gone. Or another worker, who claimed it and could not
-                # read it, put it back: then it is tried once more, and no more, for they also lie.
-                if path in look.passed_over or times > 1 or (times and not _exists(path)):
-                    continue
-                tried[name] = times + 1
-                task = self._claim(name, directory, self._clock.stamp(), listing)
-                if task is not None:
-                    return task
-            except OSError as error:
-                target = str(error.filename2 or error.filename)
-                if error.errno in _FULL and target.startswith(self._dirs["in_progress"]):
-                    raise  # so it is with every task
-                if not look.passes_over(path or target, error):
-                    raise
-                look.passed_over.add(path or target)  # even if corrupt/ or failed/ is what is full
-
-    def _remove_empty(self, buckets: list[str]) -> None:
-        """Remove those that no producer may be about to use: a shared one when its period is over."""
-        for bucket in buckets:
-            start_us = int(bucket[-16:])
-            pending = bucket.startswith(self._dirs["pending"])
-            age_us = (self._clock.now() if pending else _wall_us()) - start_us
-            period_us = _BUCKET_US if pending else _CLOSE_US
-            if age_us > _LINGER_US + (0 if start_us % period_us else period_us):
-                # That of returned tasks has an old name from the start, so look when it was last used.
-                used_s = _modified([bucket])
-                if used_s and abs(time.time() - used_s[0]) * 1e6 > _LINGER_US:
-                    _remove_directory(bucket)
-
-    def _claim(self, name: str, directory: str, now_us: int, listing: _Listing) -> FemtoTask | None:
-        """Make one pending task this object's; None if another was quicker, or it cannot be run."""
-        parsed = _parse(name)
-        if parsed is None:
-            return None
-        id, used, _ = parsed
-        source = f"{directory}/{name}"
-        attempt = min(used + 1, _MAX_ATTEMPT)
-        claim = self._claim_name(id, attempt, now_us)
-        path = f"{self._own_dir}/{claim}"
-        try:
-            if self.max_attempts is not None and used >= self.max_attempts:
-                self._fail_unclaimed(source, id)
-                return None
-            if not self._rename_claim(source, path):
-                self._unsure.add(claim)  # it may be done all the same, and the answer lost on a network
-                self._note_miss(claim, listing)
-                return None
-            self._check_open()  # close() gives back what it sees, and this may have come after it
-            if self._misses:
-                self._misses -= 1
-            self._claimed_at_us = now_us
-            if self._unsure:
-                self._unsure.discard(claim)
-            task = self._read_and_check(path, id, attempt)
-            if task is not None:
-                task._claimed_from = directory
-            return task
-        except BaseException as error:
-            # It was not delivered: back as it was, now, or at the next look, or after the lease.
-            self._start_over()  # the listing has it no more
-            self._unsure.add(claim)
-            _try(_rename, path, source)
-            # We were stopped for longer than the lease. Or, on Windows, another is just taking it.
-            taken = (FileNotFoundError, PermissionError) if os.name == "nt" else FileNotFoundError
-            if isinstance(error, taken) and not _exists(path):
-                return None
-            _add_path(error, path)
-            raise
-
-    def _claim_name(self, id: str, attempt: int, now_us: int) -> str:
-        """The file name of a claim whose lease begins now."""
-        return _format(id, attempt, now_us + self._lease_us)
-
-    def _rename_claim(self, source: str, path: str) -> bool:
-        """Rename a task into our own directory, made if it has to be; False if the task is gone."""
-        made = self._own_dirs_made
-        if self._own_dir_is_ready and _rename(source, path):
-            return True
-        # Which of the two is missing? To look for `source` would wait for those who rename beside it.
-        return self._make_own_directory(made) and _rename(source, path)
-
-    def _make_own_directory(self, made: int) -> bool:
-        """Make what an idle worker removes; False if it is there, and was when `made` were made."""
-        with self._own_dir_lock:  # another thread must not claim before the directory is on disk
-            if self._own_dir_is_ready and os.path.isdir(self._own_dir):
-                return made != self._own_dirs_made
-            self._own_dir_is_ready = False
-            _make_directory(self._own_dir)
-            if self.sync_after_write:
-                _sync_directories(self._dirs["in_progress"])
-            self._own_dir_is_ready = True
-            self._own_dirs_made += 1  # last: whoever sees the new number saw that it is ready
-            return True
-
-    def _note_miss(self, claim: str, listing: _Listing) -> None:
-        """Another worker was quicker: skip names if that is likely to happen again."""
-        self._misses = min(self._misses + 1, 4)
-        if self._misses == 1:
-            return  # one stale name is no contention yet
-        if not self._has_company:
-            for entry in _list(self._dirs["in_progress"]):
-                if owner := _parse_owner(entry.name):
-                    self._note_other_owner(owner)
-        # Worker processes all try the same oldest name. Those skipped are found by the next listing.
-        if self._has_company:
-            listing.skip(1 + zlib.crc32(claim.encode()) % 4 ** (self._misses - 1))
-
-    def _fail_unclaimed(self, path: str, id: str) -> None:
-        """Give up a task that nobody claims, as `fail` would."""
-        _log("%s has used up its %s attempts", id, self.max_attempts)
-        if self.keep_failed:
-            self._file_away(path, "failed", id)
-        else:
-            _unlink(path)
-
-    def _file_away(self, path: str, state: str, id: str) -> None:
-        """Rename a task into failed/ or corrupt/, which somebody may have removed."""
-        target = f"{self._dirs[state]}/{id}"
-        if not _rename(path, target) and _make_directory(self._dirs[state]):
-            _rename(path, target)
-
-    def _read_and_check(self, path: str, id: str, attempt: int) -> FemtoTask | None:
-        """Read and check a claimed file; None if it was broken and is in corrupt/ now."""
-        descriptor = os.open(path, _READ_FLAGS)
-        try:
-            if (attempt > 1 or self._has_hosts) and self._has_finished_twin(descriptor, id):
-                _unlink(path)
-                return None
-            data: bytes | None = os.read(descriptor, _SMALL)
-            if not data or len(data) == _SMALL:
-                data = _read_more(descriptor, path, data or b"")
-            crc = _crc(descriptor) if data is None else zlib.crc32(data)
-            begin = 0 if id.endswith(".%08x" % crc) else _find_payload(descriptor, id)
-        finally:
-            os.close(descriptor)
-        if begin is None:
-            _log("%s does not match its checksum; it is in corrupt/", id)
-            self._file_away(path, "corrupt", id)
-            return None
-        task = FemtoTask(id, data, attempt, path)
-        if begin:
-            task._payload_start = begin
-            task._data = data and data[begin:]
-        return task
-
-    def _has_finished_twin(self, descriptor: int, id: str) -> bool:
-        """Does the claimed file lie in done/ or failed/ as well?
-
-        Healing a distributed filesystem can leave a renamed file under both names. To rename it onto
-        its other name then succeeds and does nothing: POSIX.
-        """
-        info = os.fstat(descriptor)
-        others = (_lstat(f"{self._dirs[state]}/{id}") for state in ("done", "failed"))
-        return info.st_nlink > 1 and any(other and os.path.samestat(other, info) for other in others)
+        parts = self._here()
+        if timeout == 0:
+            return parts.consumer.look()
+        end_us = _end_us(timeout)
+        found = _wait_for_task([parts.consumer], end_us, parts.place.is_stopped)
+        return found[1] if found else None
 
     def done(self, task: FemtoTask) -> None:
         """Finish `task`: to done/, or deleted if `keep_done` is off. It is never delivered again.
 
-        Raises NotInProgress if the claim was lost, and ValueError for a task of another queue. After an
-        OSError, the same call can be made again.
+        Raises NotInProgress if the claim was lost, and ValueError for a task of another queue.
         """
-        self._finish(task, "done", self.keep_done)
+        self._here().claims.finish(task, "done", self.keep_done)
 
-    def fail(self, task: FemtoTask) -> None:
-        """Give `task` up: to failed/, or deleted if `keep_failed` is off. Raises like `done`."""
-        self._finish(task, "failed", self.keep_failed)
+    def fail(self, task: FemtoTask, reason: str | None = None) -> None:
+        """Give `task` up: to failed/, or deleted if `keep_failed` is off. Raises like `done`.
 
-    def _finish(self, task: FemtoTask, state: str, keep: bool) -> None:
-        self._check_task(task)
-        directory = self._dirs[state]
-        if keep:
-            self._leave_in_progress(task, state, f"{directory}/{task.id}", (directory,))
-        else:
-            self._leave_in_progress(task, state, None, ())
+        The reason is kept as text beside it, until it is requeued or purged: see `reason`.
+        """
+        _check("reason", "" if reason is None else reason, "a str, or None")
+        self._here().claims.finish(task, "failed", self.keep_failed, reason)
 
     def retry(self, task: FemtoTask, delay_ms: float = 0) -> None:
         """Have `task` delivered again, now at its old place or after a delay, which survives restarts.
 
         Once `max_attempts` deliveries are used up it fails instead. Raises like `done`.
         """
-        self._check_task(task)
-        _check_number("delay_ms", delay_ms, 0, 1e12, "milliseconds")
-        if self.max_attempts is not None and task.attempt >= self.max_attempts:
-            self.fail(task)
-        else:
-            self._put_back(task, int(delay_ms * 1_000))
-
-    def _put_back(self, task: FemtoTask, delay_us: int) -> None:
-        if delay_us:
-            state, time_us = "scheduled", _wall_us() + delay_us
-            name = _format(task.id, task.attempt, time_us)
-        else:
-            state, time_us = "pending", _time_of(task.id)
-            name = _format(task.id, task.attempt)
-        bucket = self._bucket_for(state, time_us, returning=True)
-        if bucket.made and not os.path.isdir(bucket.path):  # removed, as in _put_into_bucket
-            bucket = self._new_bucket(state, time_us, True, bucket)
-        if self.sync_after_write:
-            bucket.make_durable()
-        self._leave_in_progress(
-            task, f"retry after {delay_us} us", f"{bucket.path}/{name}", bucket.to_sync()
-        )
-        bucket.made = True
-        self._forget_listings()
+        _check("delay_ms", delay_ms, "a number of milliseconds", 0, 1e12)
+        self._here().claims.retry(task, int(delay_ms * 1_000))
 
     def touch(self, task: FemtoTask) -> None:
         """Begin a new full lease for `task`. Raises like `done`."""
-        self._check_task(task)
-        claim = self._claim_name(task.id, task.attempt, self._clock.stamp())
-        target = f"{os.path.dirname(task.path)}/{claim}"
-        self._move_claim(task, target)
-        task.path = target
+        self._here().claims.touch(task)
 
-    def _check_task(self, task: FemtoTask) -> None:
-        self._check_open()
-        if not isinstance(task, FemtoTask):
-            raise TypeError(f"task: expected what pop() returned, got {type(task).__name__}")
-        if task._finished:
-            raise NotInProgress(f"{task.id} was finished already")
-        if not task.path.startswith(self._dirs["in_progress"] + "/"):
-            # The directory is mounted elsewhere there, or the task is not ours.
-            try:
-                task.path = self._locate(task)
-            except NotInProgress:
-                if _exists(task.path):
-                    raise ValueError(f"task: {task.id} is of another queue, not of {self!r}") from None
-                raise
+    def run(
+        self,
+        handler: Callable[[FemtoTask], object],
+        *,
+        until_empty: bool = False,
+        also: Iterable[FemtoQueue] = (),
+    ) -> int:
+        """Hand task after task to `handler`: what a worker's main program usually is.
 
-    def _leave_in_progress(
-        self, task: FemtoTask, verdict: str, target: str | None, directories: tuple[str, ...]
-    ) -> None:
-        """Take `task` out of in_progress/: to `target`, or away. Then sync the directories touched."""
-        again = False
-        if task._half_done and task._half_done[0] == verdict:
-            # The same call raised: go on where it ended.
-            again, (_, target, directories) = True, task._half_done
-        try:
-            if not (again and task._moved):
-                self._move_claim(task, target, again)
-                task._moved = True
-            if self.sync_after_write:
-                self._sync_unsynced()
-                source = task._claimed_from or os.path.dirname(task.path)
-                _sync_directories(*dict.fromkeys((source, os.path.dirname(task.path), *directories)))
-            task._finished = True
-        except NotInProgress:
-            raise
-        except BaseException:
-            task._half_done = (verdict, target, directories)
-            raise
+        When it returns, the task is done; it may also finish the task itself. When it raises (SystemExit
+        included), that is logged and the task comes back after about 1, 2, 4, ... seconds, at most an
+        hour, until `max_attempts` are used up. Then it fails, and the traceback is its reason. While the
+        handler runs, the lease is renewed; `task.lost` tells if it was lost all the same. What it
+        returns is ignored, but a coroutine or generator raises TypeError: it would never run.
 
-    def _move_claim(self, task: FemtoTask, target: str | None, again: bool = False) -> None:
-        """Rename a claim to `target`, or delete it, whatever it is called by now."""
-        for _ in range(_ROUNDS):
-            if _rename(task.path, target) if target else _unlink(task.path):
-                return
-            try:
-                task.path = self._locate(task)
-            except NotInProgress:
-                # Was it done all the same, and only the answer wrong? Over NFS: rename(2).
-                ours = (again and target) or self._is_still_ours(task)
-                if ours and not task._moved and (not target or _exists(target)):
-                    return
-                raise
-            if target and _make_directory(os.path.dirname(target)):  # somebody had removed it
-                self._note_unsynced(os.path.dirname(os.path.dirname(target)))
-        raise _not_found(target or task.path)
+        `also` names queues to look into, in this order, when this one has no task. `until_empty` ends
+        the loop when nothing is pending or due, instead of waiting for more.
 
-    def _sync_unsynced(self) -> None:
-        """Sync both sides of the renames that were left to be synced.
+        In the main thread, SIGTERM, SIGINT, SIGHUP and SIGQUIT wait for the task in hand. Then the loop
+        ends and the signal does what it would have done without `run`: it calls the program's own
+        handler, or ends the program. A second signal gives the task back at once. What was ignored
+        before stays ignored. `stop` ends the loop from anywhere.
 
-        The old side first: on btrfs, a file whose new name alone is certain comes back under the old
-        one as well.
+        Returns how many tasks were handled without an exception and without losing the lease. An
+        OSError is raised when `until_empty` is set or a task cannot be finished; else it is logged,
+        and the worker tries again.
         """
-        with self._sync_lock:  # another thread must not return before what this one took up is on disk
-            unsynced, self._unsynced = self._unsynced, {}
-            try:
-                _sync_directories(*unsynced)
-            except BaseException:
-                self._unsynced = unsynced | self._unsynced
-                raise
+        if not callable(handler):
+            raise TypeError(f"handler: expected a callable, got {type(handler).__name__}")
+        queues = [self, *also]
+        for queue in queues:
+            if not isinstance(queue, FemtoQueue):
+                raise TypeError(f"also: expected FemtoQueue objects, got {type(queue).__name__}")
+        return _Worker(handler, [(queue, queue._here()) for queue in queues]).run(until_empty)
 
-    def _is_still_ours(self, task: FemtoTask) -> bool:
-        """Is there nobody else who could have moved this claim?"""
-        parsed = _parse(os.path.basename(task.path))
-        lease_runs = parsed is not None and parsed[2] > self._clock.now()
-        mine = os.path.dirname(task.path) == self._own_dir
-        return lease_runs and mine and not task._copied and task._forks == _forks
+    def stop(self) -> None:
+        """End every `run` and every waiting call of this object, after the task in hand.
 
-    def _locate(self, task: FemtoTask) -> str:
-        """Find the claim's file: a `touch` elsewhere renames it, another host mounts it elsewhere."""
-        owner = os.path.basename(os.path.dirname(task.path))
-        path = _find_claim(f"{self._dirs['in_progress']}/{owner}", task.id, task.attempt)
-        if owner and path:
-            return path
-        if not _exists(self._dirs["in_progress"]):  # unmounted, or moved away: that tells nothing
-            raise _not_found(self._dirs["in_progress"])
-        raise NotInProgress(
-            f"{task.id}: attempt {task.attempt} is not in progress; it was finished already, "
-            "or its lease ran out (a longer timeout_stale_ms, or touch(), prevents that)"
-        )
-
-    # --- back: due tasks, dead and hung workers ---------------------------------------------------
-
-    def _refill_pending(self, look: _Look) -> bool:
-        """Bring back what is due or abandoned; tell if anything became pending."""
-        now_us = self._clock.now()
-        self._listing = None  # another process may have put a task back at its old place
-        self._next_look_us = now_us + _LOOK_US
-        if now_us >= self._next_sweep_us:
-            self._next_sweep_us = now_us + _SWEEP_US
-            self._passed_over = set()
-            self._sweep(now_us, look)
-        recovered = self._recover_abandoned(now_us, look)
-        return self._promote_due(look) or recovered
-
-    def _recover_abandoned(self, now_us: int, look: _Look) -> bool:
-        """Make the tasks of owners that are gone, and of those that hang, pending; tell if any was."""
-        unsure = set(self._unsure)
-        owners = look.read(_list, self._dirs["in_progress"])
-        if owners is None:
-            return False
-        self._has_company = False
-        back: list[tuple[str, str]] = []
-        for entry in owners:
-            owner = _parse_owner(entry.name)
-            if owner is None or not entry.is_dir(follow_symlinks=False):
-                continue
-            self._note_other_owner(owner)
-            names = look.read(_names, entry.path)
-            if entry.name == self._owner:
-                unsure.difference_update(unsure if names is None else names)
-            back += self._find_abandoned(entry, names or [], now_us, look)
-        self._unsure -= unsure  # they did not come about
-        return self._make_pending(sorted(back)[:_BATCH], look)
-
-    def _find_abandoned(
-        self, owner: os.DirEntry[str], names: list[str], now_us: int, look: _Look
-    ) -> list[tuple[str, str]]:
-        """Which claims nobody works on: the name that each has in pending/, and its path."""
-        mine = owner.name == self._owner
-        alive = _is_alive(owner.name, self.node_id)
-        back = []
-        for name in names:
-            path = f"{owner.path}/{name}"
-            if (parsed := _parse(name)) and path not in look.passed_over:
-                id, used, deadline_us = parsed
-                undelivered = mine and name in self._unsure
-                if undelivered or alive is False or deadline_us < now_us:
-                    back.append((_format(id, used - 1 if undelivered else used), path))
-        idle = mine and now_us - self._claimed_at_us > _LINGER_US
-        if not names and (idle or alive is False):
-            _remove_directory(owner.path)
-        return back
-
-    def _note_other_owner(self, owner: tuple[str, int, str, str, str]) -> None:
-        """Remember if there are other processes that claim tasks, and other machines."""
-        _, pid, start, place, _ = owner
-        me = _identity()
-        self._has_company |= (pid, start, place) != (me.pid, me.start, me.place)
-        self._has_hosts |= place != me.place
-
-    def _promote_due(self, look: _Look) -> bool:
-        """Make due tasks pending, earliest first; tell if there were any."""
-        now_us = _wall_us()
-        due, next_due_us = self._find_due(now_us, look)
-        self._next_look_us = min(self._next_look_us, self._clock.now() + max(0, next_due_us - now_us))
-        return self._make_pending([(name, path) for _, name, path in sorted(due)[:_BATCH]], look)
-
-    def _find_due(self, now_us: int, look: _Look) -> tuple[list[tuple[int, str, str]], int]:
-        """What is due, as (due time, name, path), and when the next one will be.
-
-        What is found not to be due yet is sorted into closer buckets, not to be read at each look.
+        Those begun later end at once; all else still works. For any thread, and for signal handlers.
         """
-        top = self._dirs["scheduled"]
-        due: list[tuple[int, str, str]] = []
-        next_due_us = _MAX_US
-        moved_closer = 0
-        for entry in sorted(look.read(_list, top) or [], key=lambda entry: entry.name):
-            start_us = _time_of(entry.name)
-            if start_us > now_us:
-                next_due_us = min(next_due_us, start_us)
-                break
-            if len(due) >= _BATCH:
-                continue  # the rest when these are gone, or at the next look
-            if _is_bucket(entry):
-                directory, names = entry.path, look.read(_names, entry.path)
-                if not names:
-                    self._remove_empty([directory])
-                    continue
-            else:
-                directory, names = top, [entry.name] if _is_file(entry) else []
-            for name in names:
-                if (parsed := _parse(name)) is None:
-                    continue
-                id, used, due_us = parsed
-                path = f"{directory}/{name}"
-                if path in look.passed_over:
-                    continue
-                if due_us <= now_us:
-                    due.append((due_us, _format(id, used), path))
-                    continue
-                next_due_us = min(next_due_us, due_us)
-                if moved_closer < _BATCH and _period("scheduled", due_us)[0] > start_us:
-                    try:
-                        moved_closer += self._move_unclaimed(path, "scheduled", due_us, name, _Look())
-                    except OSError:
-                        moved_closer = _BATCH  # then it is read at each look, until it is due
-        return due, next_due_us
-
-    def _make_pending(self, tasks: list[tuple[str, str]], look: _Look) -> bool:
-        """Move tasks, given by name and path, to their old places; tell if any was moved."""
-        moved = 0
-        try:
-            for name, path in tasks:
-                moved += self._move_unclaimed(path, "pending", _time_of(name), name, look)
-        finally:
-            if moved:
-                self._forget_listings()
-        self._sync_unsynced()
-        return moved > 0
-
-    def _move_unclaimed(self, path: str, state: str, time_us: int, name: str, look: _Look) -> bool:
-        """Rename a task that nobody claims; False if it is not there any more, or cannot be moved."""
-        try:
-            bucket = self._put_into_bucket(path, state, time_us, name, returning=True)
-        except OSError as error:
-            if os.name == "nt" and isinstance(error, PermissionError):
-                return False  # there, whoever works on the file keeps it from being renamed
-            if not look.passes_over(path, error):
-                raise
-            return False
-        if bucket:
-            self._note_unsynced(os.path.dirname(path), *bucket.to_sync())
-        return bucket is not None
-
-    def _note_unsynced(self, *directories: str) -> None:
-        if self.sync_after_write:
-            with self._sync_lock:
-                self._unsynced.update(dict.fromkeys(directories))
-
-    def _forget_listings(self) -> None:
-        """A task went back to its old place, which may be before all that is in hand here."""
-        for queue in _objects_on(self._root):
-            queue._listing = None
-            queue._room = 0
-
-    def _sweep(self, now_us: int, look: _Look) -> None:
-        """Delete what dead writers left half-written, and the empty directories of forgotten owners."""
-        for entry in look.read(_list, self._dirs["creating"]) or []:
-            owner, _, stamp = entry.name.rpartition("~")
-            begun_us = _time_of(stamp)
-            if _parse_owner(owner) and begun_us and _is_file(entry):
-                alive = _is_alive(owner, self.node_id)
-                if alive is False or (alive is None and now_us - begun_us > _ORPHAN_US):
-                    _try(_unlink, entry.path)
-        for entry in look.read(_list, self._dirs["in_progress"]) or []:
-            if _parse_owner(entry.name) and _is_alive(entry.name, self.node_id) is None:
-                info = _lstat(entry.path)
-                if info and _wall_us() - info.st_mtime_ns // 1_000 > _ORPHAN_US:
-                    _remove_directory(entry.path)
+        self._here().place.stop()
 
     # --- looking ----------------------------------------------------------------------------------
 
     def status(self, id: str) -> str | None:
-        """The state of a task, one of `STATES`, or None if there is no task of this id.
+        """The state of a task, one of `STATES`, or None: true at some moment during the call."""
+        return next((state for state, _ in self._here().looking.find(id, STATES)), None)
 
-        True at some moment during the call; what is read may change at once.
+    def counts(self, *states: str) -> dict[str, int]:
+        """How many tasks each state holds, or each of the given `states`, as far as this user may read.
+
+        Not one moment's picture: a task that moves meanwhile is counted twice, or not at all.
         """
-        self._check_open()
-        return next((state for state, _ in self._find(id, STATES)), None)
-
-    def counts(self) -> dict[str, int]:
-        """How many tasks each state holds. Not one moment's picture: tasks move while it counts."""
-        self._check_open()
-        return {state: sum(1 for _ in self._walk(state)) for state in STATES}
+        looking = self._here().looking
+        for state in states:
+            _check_state(state, STATES)
+        return {state: sum(1 for _ in looking.walk(state)) for state in states or STATES}
 
     def ids(self, state: str) -> Iterator[str]:
         """The ids of all tasks in `state`, oldest first, or in the order in which they are due.
 
-        Lazy where it matters: of pending/, one bucket at a time is in memory.
+        None is left out that is in this state all the while. Lazy where it matters: of pending/, one
+        bucket at a time is in memory.
         """
-        self._check_open()
+        looking = self._here().looking
         _check_state(state, STATES)
-        return (id for id, _, _ in self._walk(state))
+        return looking.ids(state)
 
-    def _walk(self, state: str) -> Iterator[tuple[str, int, str]]:
-        """Id, due time or deadline, and directory of each task of `state`, first one first."""
-        files: Iterable[tuple[str, str]] = self._files(state)
-        if state == "pending":
-            files = iter(_Listing(self._dirs[state]).next, None)
-        elif state == "scheduled":
-            dated = [(parsed[2], *file) for file in files if (parsed := _parse(file[0]))]
-            files = [(name, directory) for _, name, directory in sorted(dated)]
-        else:
-            files = sorted(files)
-        last = ""
-        for name, directory in files:
-            # The same name twice running: readdir of a distributed filesystem.
-            if name != last and (parsed := _parse(name)):
-                yield parsed[0], parsed[2], directory
-            last = name
-
-    def _files(
-        self, state: str, until: str = "~", errors: list[OSError] | None = None
-    ) -> Iterator[tuple[str, str]]:
-        """Name and directory of each regular file, those of the youngest directory first.
-
-        What lies under a name above `until` is passed over; "~" is above all names.
+    def claims(self) -> list[dict[str, Any]]:
+        """Who works on what: for each claim `id`, `attempt`, the owner's `node_id` and `pid`, if that
+        process is `alive` ("yes", "no" or "unknown" from here), how long ago it was claimed, `since_s`,
+        and `lease_left_s`, both in seconds.
         """
-        top = self._dirs[state]
-        for entry in sorted(_list(top), key=lambda entry: entry.name, reverse=True):
-            if entry.name > until:
-                continue
-            if state == "in_progress":
-                inner = bool(_parse_owner(entry.name)) and entry.is_dir(follow_symlinks=False)
-            else:
-                inner = state in _BUCKETED and _is_bucket(entry)
-            if inner:
-                yield from ((name, entry.path) for name in _names(entry.path, errors))
-            elif state != "in_progress" and _is_file(entry):
-                yield entry.name, top
+        return self._here().looking.claims()
 
-    def _find(self, id: str, states: Iterable[str]) -> Iterator[tuple[str, str]]:
-        """State and path of a task, perhaps more than once: it may move while we search.
-
-        An id may come from outside. Only one that is a task's name by our grammar becomes a path.
-        """
-        if not isinstance(id, str):
-            raise TypeError(f"id: expected str, got {type(id).__name__}; of a task, pass task.id")
-        if not _is_id(id):
-            return
-        for state in (*states, *states):
-            if state in _FINISHED:
-                path = f"{self._dirs[state]}/{id}"
-                info = _lstat(path)
-                if info and stat.S_ISREG(info.st_mode):
-                    yield state, path
-                continue
-            until = f"{id}~" if state == "pending" else "~"  # buckets hold nothing older
-            for name, directory in self._files(state, until):
-                if name.startswith(id) and (_parse(name) or "")[:1] == (id,):
-                    yield state, f"{directory}/{name}"
+    def reason(self, id: str) -> str | None:
+        """Why a task failed, as `fail` or `run` noted it; None if that is not known."""
+        return self._here().looking.reason(id)
 
     # --- housekeeping -----------------------------------------------------------------------------
 
     def cancel(self, id: str) -> bool:
         """Drop a pending or scheduled task; False if there is none of this id to drop."""
-        self._check_open()
-        for _, path in self._find(id, _BUCKETED):
-            if _unlink(path):
-                return self._confirm("cancel", id, os.path.dirname(path))
-        return self._confirm("cancel", id)
+        return self._here().looking.cancel(id)
 
     def requeue(self, id: str) -> bool:
         """Make a failed, corrupt or done task pending again, at its old place, with no attempt used.
 
-        False if there is none of this id. A corrupt one must have been repaired, or is corrupt again.
+        A scheduled one is made pending now, its attempts kept. False if there is none of this id. A
+        corrupt one must have been repaired, or is corrupt again.
         """
-        self._check_open()
-        for _, path in self._find(id, ("failed", "corrupt", "done")):
-            if bucket := self._put_into_bucket(path, "pending", _time_of(id), id, returning=True):
-                self._forget_listings()
-                return self._confirm("requeue", id, os.path.dirname(path), *bucket.to_sync())
-        return self._confirm("requeue", id)
-
-    def _confirm(self, call: str, id: str, *touched: str) -> bool:
-        """Sync what the call touched, or touched before without confirming it; False for nothing."""
-        touched += self._unconfirmed.pop((call, id), ())
-        if self.sync_after_write and touched:
-            try:
-                _sync_directories(*touched)
-            except BaseException:
-                self._unconfirmed[call, id] = touched
-                raise
-        return bool(touched)
+        return self._here().keeper.requeue(id)
 
     def purge(self, state: str, older_than_s: float) -> int:
-        """Delete the tasks of done/, failed/ or corrupt/ that were finished so many seconds ago.
+        """Delete the tasks that have been in `state` for so many seconds; return how many.
 
-        Returns how many. By the file's change time, which the filesystem sets when it is renamed.
+        Not those in progress. By the file's change time, which a rename sets, but `chown` sets it too.
         """
-        self._check_open()
-        _check_state(state, _FINISHED)
-        _check_number("older_than_s", older_than_s, 0, float("inf"), "seconds")
-        until_s = time.time() - older_than_s
-        count = 0
-        for entry in _list(self._dirs[state]):
-            if _is_id(entry.name) and _is_file(entry) and (info := _lstat(entry.path)):
-                # On Windows, that field is the time of creation.
-                finished_s = info.st_mtime if os.name == "nt" else info.st_ctime
-                if finished_s <= until_s:
-                    count += _unlink(entry.path)
-        if self.sync_after_write:
-            # Even if there was nothing: the call before may have failed here.
-            _sync_directories(self._dirs[state])
-        return count
+        looking = self._here().looking
+        _check_state(state, [state for state in STATES if state != "in_progress"])
+        _check("older_than_s", older_than_s, "a number of seconds", 0)
+        return looking.purge(state, older_than_s)
 
     def join(self, timeout: float | None = None) -> bool:
         """Wait until nothing is pending, in progress or scheduled; False if `timeout` seconds ran out.
 
-        It only watches: others must be working.
+        True only if there was such a moment. It only watches: others must be working.
         """
-        self._check_open()
-        _check_timeout(timeout)
-        end_s = None if timeout is None else time.monotonic() + timeout
-        # Twice, since a task can move back from in_progress/ behind the reader.
-        unfinished = _UNFINISHED * 2
-        while any(_parse(name) for state in unfinished for name, _ in self._files(state)):
-            left_s = _POLL_S if end_s is None else end_s - time.monotonic()
-            if left_s <= 0:
-                return False
-            time.sleep(min(left_s, _POLL_S))
-            self._check_open()
-        return True
+        looking = self._here().looking
+        return looking.wait_until_empty(_end_us(timeout))
 
     def close(self) -> None:
-        """Give back what was claimed and not finished. Other calls raise FemtoQueueError then."""
-        if self._all_given_back:
-            return
-        self._become_another_owner()
-        self._closed = True
-        # From here on it is judged dead, should this be cut short.
-        _owners.pop(self._owner, None)
-        look = _Look(strict=False)
-        claims = [(name, claim) for name in _names(self._own_dir) if (claim := _parse(name))]
-        back = [(_format(id, used), f"{self._own_dir}/{name}") for name, (id, used, _) in claims]
-        self._make_pending(back, look)
-        if look.errors:
-            raise look.errors.pop(0)
-        _remove_directory(self._own_dir)
-        self._all_given_back = True
+        """Give back what was claimed and not finished. Other calls raise FemtoQueueError then.
 
-    def _check_open(self) -> None:
-        """Raise if this was closed. After a fork, go on as another owner."""
-        if self._closed:
-            raise FemtoQueueError(f"{self!r} is closed; make a new one")
-        if self._generation != _generation:
-            self._become_another_owner()
-
-    def _become_another_owner(self) -> None:
-        """Claim as oneself, if this process was forked from the one that made this object."""
-        with _fork_lock:  # another thread may have done it by now
-            if self._generation != _generation:
-                self._become_new_owner()
+        Ends this object's `run` first, and waits for it; called by its handler, it raises
+        FemtoQueueError (use `stop`).
+        """
+        if parts := self._parts.get(os.getpid()):
+            parts.place.stop_and_wait()
+            parts.owner.close()
+            parts.keeper.give_back_own()  # or somebody else will, should this raise
 
     def __enter__(self) -> FemtoQueue:
-        self._check_open()
+        self._here()
         return self
 
     def __exit__(self, *exception: object) -> None:
         self.close()
 
-    # --- the loop ---------------------------------------------------------------------------------
 
-    def run(self, handler: Callable[[FemtoTask], object], *, until_empty: bool = False) -> int:
-        """Hand task after task to `handler`: what a worker's main program usually is.
+class _Parts:
+    """The parts behind one FemtoQueue object in one process. Nothing in them may survive a fork."""
 
-        When it returns, the task is done. When it raises, the exception is logged and the task comes
-        back after a delay that doubles with each attempt, from a second to an hour, more or less by up
-        to half, until `max_attempts` are used up. While it runs, the lease is kept alive; `task.lost`
-        tells a handler that it was lost all the same, because the process was stopped for longer.
+    def __init__(self, queue: FemtoQueue) -> None:
+        self.place = place = _Place(queue)
+        self.owner = place.owner
+        pending, scheduled = _Buckets(place, "pending"), _Buckets(place, "scheduled")
+        self.looking = _Looking(place)
+        self.keeper = _Keeper(place, self.looking, pending, scheduled)
+        self.producer = _Producer(place, self.looking, pending, scheduled)
+        self.consumer = _Consumer(place, self.keeper, pending)
+        self.claims = _Claims(place, self.looking, pending, scheduled)
 
-        In the main thread, SIGTERM, SIGINT and SIGHUP let the handler finish and then end the loop. A
-        second one gives the task back at once, and raises SystemExit or KeyboardInterrupt.
 
-        The handler may finish the task itself. What it returns is ignored, but a coroutine or generator
-        raises TypeError: it would never run. `until_empty` ends the loop when nothing is pending or
-        due, instead of waiting for more. Returns how many tasks were handled without an exception,
-        and without losing the lease.
+# --- in: how does a payload become a task? ------------------------------------------------------------
 
-        An OSError, such as of a full disk, is raised when `until_empty` is set or a task cannot be
-        finished. Otherwise it is logged, and the worker tries again each second.
+
+class _Producer:
+    """How does a payload become a task? Written where nobody reads, then renamed when it is whole."""
+
+    def __init__(
+        self, place: _Place, looking: _Looking, pending: _Buckets, scheduled: _Buckets
+    ) -> None:
+        self._place = place
+        self._looking = looking
+        self._pending = pending
+        self._scheduled = scheduled
+        self._room = _Room(place, looking) if place.maxsize else None
+        # Unique, and it orders what is stamped in one microsecond.
+        self._nonce = itertools.count(int.from_bytes(os.urandom(9), "big") >> 1)
+
+    def add(self, chunks: Iterable[bytes], due_us: int | None = None) -> str:
+        """Write a task and publish it: as pending, or as scheduled if it has a due time."""
+        place = self._place
+        if self._room and due_us is None:
+            self._room.take()
+        time_us = place.clock.stamp()
+        if due_us is not None:
+            time_us = max(time_us, due_us)
+        stem = self._new_stem(time_us)
+        draft = place.owner.draft + stem
+        try:
+            id = "%s.%08x" % (stem, place.write(draft, chunks))
+            if due_us is None:
+                self._publish(self._pending, draft, time_us, id)
+            else:
+                self._publish(self._scheduled, draft, due_us, _format(id, 0, due_us))
+        except BaseException as error:
+            _try(_unlink, draft)
+            _add_path(error, draft)
+            raise
+        return id
+
+    def _new_stem(self, time_us: int) -> str:
+        """An id but for its checksum."""
+        return "%016d_%s_%018x" % (time_us, self._place.owner.node_id, next(self._nonce))
+
+    def _publish(self, buckets: _Buckets, draft: str, time_us: int, name: str) -> None:
+        """Make a whole file a task, for good; if that fails, it is none."""
+        bucket = buckets.put(draft, time_us, name)
+        if bucket is None:
+            self._check_published(draft)
+            return
+        try:
+            self._place.sync()
+        except BaseException:
+            # Withdrawn, unless a worker has it already. A file to be moved is where it was.
+            _try(_rename, f"{bucket}/{name}", draft)
+            raise
+
+    def _check_published(self, draft: str) -> None:
+        """A draft of ours that is gone was published: it can go nowhere else.
+
+        The answer to the rename was lost on a network, and another worker has the task already. Only
+        if creating/ is gone as well, or the file was another's, is there no such proof.
         """
-        if not callable(handler):
-            raise TypeError(f"handler: expected a callable, got {type(handler).__name__}")
+        creating = self._place.path["creating"]
+        if os.path.dirname(draft) != creating or not os.path.isdir(creating):
+            raise _not_found(draft)
+
+    def add_together(self, items: Iterable[bytes]) -> list[str]:
+        """Write all, sync all, publish all in order, and sync once more. What fails is all withdrawn."""
+        place = self._place
+        drafts: list[tuple[str, int, str]] = []  # path, time, id
+        added: list[str] = []
+        open_files: list[int] = []
+        try:
+            for data in items:
+                if self._room:
+                    self._room.take(len(drafts))
+                time_us = place.clock.stamp()
+                stem = self._new_stem(time_us)
+                path = place.owner.draft + stem
+                drafts.append((path, time_us, f"{stem}.{zlib.crc32(data):08x}"))
+                open_files.append(place.create(path))
+                _write_all(open_files[-1], data)
+                if len(open_files) == 100:
+                    _sync_files(open_files)
+            _sync_files(open_files)
+            for path, time_us, id in drafts:
+                bucket = self._pending.put(path, time_us, id)
+                if bucket is None:
+                    self._check_published(path)
+                else:
+                    added.append(f"{bucket}/{id}")
+            place.sync()
+        except BaseException as error:
+            # The last one first: what a worker has already is a prefix.
+            for path in (*reversed(added), *(path for path, _, _ in drafts)):
+                _try(_unlink, path)
+            _add_path(error, place.path["creating"])
+            raise
+        finally:
+            for descriptor in open_files:
+                _try(os.close, descriptor)
+        return [id for _, _, id in drafts]
+
+    def add_file(self, source: str, move: bool) -> str:
+        """Push a file that a caller named: its content, or itself."""
+        try:
+            if move and (id := self._add_by_rename(source)):
+                return id
+            descriptor = _open_regular(source, _READ_FLAGS & ~_NO_FOLLOW)
+            try:
+                id = self.add(_chunks(descriptor))
+            finally:
+                _try(os.close, descriptor)
+            if move:
+                self._remove_source(source, id)
+        except OSError as error:
+            _add_path(error, source)
+            raise
+        return id
+
+    def _add_by_rename(self, source: str) -> str | None:
+        """Make the file itself a task; None if it lies on another filesystem."""
+        if os.path.islink(source):
+            raise ValueError(f"path: {source!r} is a symbolic link; move the file that it points to")
+        if self._room:
+            self._room.take()
+        # Windows only syncs what is open for writing, and renames nothing that is open.
+        descriptor = _open_regular(source, _READ_FLAGS | (os.O_RDWR if os.name == "nt" else 0))
+        try:
+            crc = _crc(descriptor)
+            if self._place.durable:
+                os.fsync(descriptor)
+            self._place.hand_over(descriptor)
+        finally:
+            _try(os.close, descriptor)
+        time_us = self._place.clock.stamp()
+        id = f"{self._new_stem(time_us)}.{crc:08x}"
+        try:
+            self._publish(self._pending, os.path.abspath(source), time_us, id)
+        except OSError as error:
+            if error.errno != errno.EXDEV:
+                raise
+            return None
+        return id
+
+    def _remove_source(self, source: str, id: str) -> None:
+        """Delete what was copied, or there would be both the task and the file."""
+        try:
+            _unlink(source)
+        except BaseException:
+            if os.path.lexists(source):
+                for _, path in self._looking.find(id, ("pending",)):
+                    _try(_unlink, path)
+            raise
+        self._place.sync(os.path.dirname(os.path.abspath(source)))
+
+
+class _Room:
+    """May one more be pushed? Counts what is pending against `maxsize`."""
+
+    def __init__(self, place: _Place, looking: _Looking) -> None:
+        self._place = place
+        self._looking = looking
+        self._free = 0  # so many may come before it is counted again
+        self._claimed = 0  # our own claims, less what came back: up to here in `_free`
+
+    def take(self, unpublished: int = 0) -> None:
+        """Raise queue.Full if there is no room beside those that are still to be published."""
+        claimed = self._place.claimed - self._place.returns
+        self._free += claimed - self._claimed
+        self._claimed = claimed
+        if self._free <= 0:
+            free = self._place.maxsize - unpublished - self._looking.count_pending()
+            if free <= 0:
+                import queue
+
+                raise queue.Full(f"{self._place.maxsize} tasks are pending in {self._place.root}")
+            self._free = (free + 1) // 2  # the other half is for other producers
+        self._free -= 1
+
+
+class _Bucket:
+    """One directory that this object puts tasks into."""
+
+    def __init__(self, path: str, start_us: int, is_own: bool) -> None:
+        self.path = path
+        self.start_us = start_us  # nothing in it is older
+        self.is_own = is_own  # nobody else puts anything there
+        self.left = _BUCKET_TASKS  # how many more we put here
+
+
+class _Buckets:
+    """Which directory of pending/, or of scheduled/, does a task go into? None of them becomes large.
+
+    Everybody begins with the bucket of the current period, and goes on to own ones of 1,000 tasks.
+    In scheduled/ a period is a tenth of the wait or shorter: what has begun soon falls due as a whole.
+    """
+
+    def __init__(self, place: _Place, state: str) -> None:
+        self._place = place
+        self._top = place.path[state]
+        self._pending = state == "pending"
+        self._now = place.clock.now if self._pending else _wall_us
+        self._in_hand: dict[tuple[int, int], _Bucket] = {}  # by period: made, and durable if need be
+
+    def put(self, source: str, time_us: int, name: str) -> str | None:
+        """Rename a file into a bucket, and return that; None if the file is gone, and not there."""
+        for _ in range(_ROUNDS):
+            bucket = self._bucket_for(time_us)
+            target = f"{bucket.path}/{name}"
+            try:
+                if _rename(source, target):
+                    self._place.note(os.path.dirname(source), bucket.path)
+                    return bucket.path
+            except BaseException as error:
+                _try(_rename, target, source)  # for what came when that was done
+                if not isinstance(error, PermissionError) or bucket.is_own:
+                    raise
+                bucket.left = 0  # another user's, who keeps it to himself
+                continue
+            if not _holds(source):
+                # The answer to a rename that was done can be lost on a network: rename(2), BUGS.
+                return bucket.path if _holds(target) else None
+            # It was empty, and removed. We do not make it again: where two hosts remove and make one
+            # directory at a time, GlusterFS ends in a split brain.
+            bucket.left = 0
+        raise _not_found(bucket.path)
+
+    def _bucket_for(self, time_us: int) -> _Bucket:
+        width_us = self.width(time_us)
+        start_us = time_us - time_us % width_us
+        bucket = self._in_hand.get((start_us, width_us))
+        if bucket is None or bucket.start_us > time_us or bucket.left <= 0:
+            # Nobody comes to the shared bucket of a period that is over.
+            shared = bucket is None and self._now() < start_us + width_us
+            name = "%016d" % start_us if shared else "%016d.%s" % (time_us, os.urandom(4).hex())
+            bucket = _Bucket(f"{self._top}/{name}", start_us if shared else time_us, not shared)
+            # First of all, or a power cut would take the directory away with what was renamed into it.
+            self._place.make(bucket.path)
+            if len(self._in_hand) > 30:
+                self._in_hand.clear()
+            self._in_hand[start_us, width_us] = bucket
+        bucket.left -= 1
+        return bucket
+
+    def width(self, time_us: int) -> int:
+        """The length of the period for which all producers share a bucket."""
+        if self._pending:
+            return _BUCKET_US
+        return int(max(_CLOSE_US, 10 ** (len(str(max(0, time_us - _wall_us()))) - 2)))
+
+    def remove_empty(self, paths: Iterable[str]) -> None:
+        """Remove buckets that no producer may be about to use."""
+        shared_us = _BUCKET_US if self._pending else _CLOSE_US
+        for path in paths:
+            start_us, own = _time_of(os.path.basename(path)), len(path) > len(self._top) + 17
+            if own or start_us % shared_us or self._now() >= start_us + shared_us:
+                used = _modified([path])
+                if used and abs(time.time() - used[0]) > _LINGER_S:
+                    _try(os.rmdir, path)
+
+
+# --- through: which task is next, and is it mine? -----------------------------------------------------
+
+
+class _Consumer:
+    """Which task is next, and is it mine? Claims the oldest one that can be had."""
+
+    def __init__(self, place: _Place, keeper: _Keeper, pending: _Buckets) -> None:
+        self._place = place
+        self._keeper = keeper
+        self._pending = pending
+        self._listing: _Listing | None = None
+        self._undelivered: dict[str, str] = {}  # claims that could not be put back at once, and where to
+        self._misses = 0  # rises when another worker was quicker, falls with each claim
+
+    def look(self) -> FemtoTask | None:
+        """Claim the oldest task; None if there is none, although what is due was made pending.
+
+        What cannot be had is set aside for a minute. It is tried once more when there is nothing else,
+        and if it still cannot be had, its error is raised.
+        """
+        place, listing = self._place, self._listing
+        now_us = place.clock.stamp()
+        if listing and listing.returns == place.returns and not self._keeper.is_time(now_us):
+            task = self._first_of(listing, {})
+            if task is not None:
+                return task  # the usual case
+        set_aside_before = bool(place.troubles)
+        while True:
+            task = self._look_everywhere()
+            if task is not None or not place.troubles:
+                return task
+            if not set_aside_before:
+                place.raise_trouble()
+            set_aside_before = False
+            place.forget_troubles()
+            self._keeper.hurry()
+
+    def _look_everywhere(self) -> FemtoTask | None:
+        """Claim the oldest task of a new listing, and of others until one has nothing new."""
+        place = self._place
+        tried: dict[str, int] = {}
+        if self._keeper.is_time(place.clock.now()):
+            self._keeper.bring_back()
+        known: Collection[str] = ()
+        place.owner.check_open()
+        self._put_back_undelivered()
+        while True:
+            self._listing = None  # should the next one fail, this one is not gone on with
+            before = sum(tried.values())
+            listing = _Listing(place, place.clock.stamp(), known)
+            if listing.ahead:
+                self._keeper.settle(listing.ahead)
+            if task := self._first_of(listing, tried):
+                self._listing = listing  # only now: other threads must not empty it before
+                return task
+            self._pending.remove_empty(listing.empty)
+            if listing.hidden or listing.skipped or sum(tried.values()) > before:
+                known = listing.hidden
+            elif not self._keeper.bring_back():
+                return None
+
+    def _first_of(self, listing: _Listing, tried: dict[str, int]) -> FemtoTask | None:
+        """Claim the first task of a listing that can be had; None if there is none."""
+        place = self._place
+        while found := listing.next():
+            name, directory = found
+            # Network filesystems list what is gone. But what another worker could not read, and put
+            # back, is worth a second try.
+            if tried.get(name, 0) > 1 or (place.troubles and f"{directory}/{name}" in place.troubles):
+                continue
+            tried[name] = tried.get(name, 0) + 1
+            try:
+                try:
+                    task = self._claim(name, directory, listing)
+                except OSError as error:
+                    if self._is_everywhere(error):
+                        raise
+                    task = self._claim(name, directory, listing)  # a passing fault costs no turn
+            except OSError as error:
+                if self._is_everywhere(error):
+                    raise
+                place.set_aside(f"{directory}/{name}", error)
+                continue
+            if task is not None:
+                return task
+        return None
+
+    def _is_everywhere(self, error: OSError) -> bool:
+        """Is it so with every task? No descriptors, or no room for a claim; not: no room in corrupt/."""
+        target = str(error.filename2 or error.filename)
+        full = target.startswith(self._place.path["in_progress"])
+        return error.errno in _SCARCE or (full and error.errno in _FULL)
+
+    def _claim(self, name: str, directory: str, listing: _Listing) -> FemtoTask | None:
+        """Make one pending task this object's; None if another was quicker, or it cannot be run."""
+        place = self._place
+        parsed = _parse(name)
+        if parsed is None:
+            return None
+        id, used, _, _ = parsed
+        source = f"{directory}/{name}"
+        if place.max_attempts is not None and used >= place.max_attempts:
+            _log("%s has used up its %s attempts", id, place.max_attempts)
+            place.finish(source, "failed", id, place.keep_failed, f"used up {used} attempts")
+            place.sync()
+            return None
+        attempt = min(used + 1, _MAX_ATTEMPT)
+        now_us = place.clock.now()
+        path = f"{place.owner.directory}/{_format(id, attempt, now_us + place.lease_us)}"
+        try:
+            if not place.owner.claim(source, path):
+                self._note_miss(path, listing)
+                return None
+            # Before anybody syncs our own directory: see _Place.sync, the old side first.
+            place.note(directory)
+            if self._misses:
+                self._misses -= 1
+            task = self._read(path, id, attempt)
+            if task is not None:
+                task._bucket = directory
+                task._since_us = now_us
+                task._ends_us = _since_boot_us() + place.lease_us
+                if place.clock.now() - now_us > place.lease_us // 2 and not self._renew(task):
+                    task = None
+        except BaseException as error:
+            self._listing = None
+            self._undelivered[path] = source
+            self._put_back_undelivered()
+            # We were stopped for longer than the lease. Or, on Windows, another is just taking it.
+            taken = (FileNotFoundError, PermissionError) if os.name == "nt" else FileNotFoundError
+            if isinstance(error, taken) and not os.path.lexists(path):
+                return None
+            _add_path(error, path)
+            raise
+        place.claimed += 1
+        return task
+
+    def _renew(self, task: FemtoTask) -> bool:
+        """Is a claim still ours that took half a lease? The machine may have slept, or the file be huge."""
+        return _rename_claim(self._place, task, task.path) is not None
+
+    def _put_back_undelivered(self) -> None:
+        """Put back what was claimed and not returned by `pop`. What is gone, the lease brings back."""
+        for path, source in list(self._undelivered.items()):
+            try:
+                _rename(path, source)
+                self._undelivered.pop(path, None)
+            except OSError:
+                pass  # at the next look
+
+    def _note_miss(self, path: str, listing: _Listing) -> None:
+        """Another worker was quicker: skip names if that is likely to happen again.
+
+        Worker processes all try the same oldest name. Those skipped are found by the next listing.
+        """
+        self._misses = min(self._misses + 1, 4)
+        if self._misses > 1 and self._place.has_company:  # one stale name is no contention yet
+            listing.skip(1 + zlib.crc32(path.encode()) % 4 ** (self._misses - 1))
+
+    def _read(self, path: str, id: str, attempt: int) -> FemtoTask | None:
+        """Read and check a claimed file; None if it was broken, or is finished, and is out of the way."""
+        place = self._place
+        descriptor = os.open(path, _READ_FLAGS)
+        try:
+            if (attempt > 1 or place.has_hosts) and place.has_finished_twin(descriptor, id):
+                _unlink(path)
+                return None
+            data: bytes | None = os.read(descriptor, _SMALL)
+            if not data or len(data) == _SMALL:
+                data = _read_more(descriptor, path, data or b"")
+            crc = _crc(descriptor) if data is None else zlib.crc32(data)
+        finally:
+            os.close(descriptor)
+        # A name that a shell script made has no checksum, and is taken as it is.
+        if not id.endswith(".%08x" % crc) and _is_own(id):
+            _log("%s does not match its checksum; it is in corrupt/", id)
+            place.finish(path, "corrupt", id)
+            place.sync()
+            return None
+        return FemtoTask(id, data, attempt, path)
+
+    def begin_to_wait(self, waiting: _Waiting) -> None:
+        self._place.begin_to_wait(waiting)
+
+    def end_waiting(self, waiting: _Waiting) -> None:
+        self._place.end_waiting(waiting)
+
+    def directories(self) -> Iterator[str]:
+        """Where a change may bring a task: what to watch while waiting for one."""
+        for state in ("pending", "scheduled"):
+            top = self._place.path[state]
+            soon = "%016d~" % (self._place.clock.now() if state == "pending" else _wall_us() + _LOOK_US)
+            yield top
+            for directory in self._place.subdirectories(top):
+                if directory[len(top) + 1 :] < soon:
+                    yield directory
+
+    def sleep_us(self) -> int:
+        """How long there is nothing to do, unless something changes."""
+        return self._keeper.sleep_us()
+
+
+def _wait_for_task(
+    consumers: Sequence[_Consumer], end_us: float, is_over: Callable[[], bool]
+) -> tuple[int, FemtoTask] | None:
+    """The number of the first consumer that has a task, and that; None when time, or all, is over."""
+    waiting: _Waiting | None = None
+    try:
+        while True:
+            last = is_over() or _since_boot_us() >= end_us
+            if waiting:  # watch, look, wait: in this order no change is missed
+                waiting.watch(path for consumer in consumers for path in consumer.directories())
+            for number, consumer in enumerate(consumers):
+                if task := consumer.look():
+                    return number, task
+            if last:
+                return None
+            if waiting is None:
+                waiting = _Waiting()
+                for consumer in consumers:
+                    consumer.begin_to_wait(waiting)
+                continue
+            left_us = min([end_us - _since_boot_us(), *(c.sleep_us() for c in consumers)])
+            waiting.wait(left_us / 1e6)
+    finally:
+        if waiting:
+            for consumer in consumers:
+                consumer.end_waiting(waiting)
+            waiting.close()
+
+
+class _Listing:
+    """The names in pending/ by place, smallest first, opening each bucket only when its turn comes.
+
+    A listing is no snapshot: readdir may miss a name and still show a later one that was added
+    meanwhile. So it hides what has a place after the horizon, when it began. The next listing shows
+    what this one saw: all that was pushed before that is there by then.
+    """
+
+    def __init__(
+        self, place: _Place, horizon_us: int | None = None, known: Collection[str] = ()
+    ) -> None:
+        self.hidden: set[str] = set()
+        self.skipped = False  # something was left to the next listing
+        self.empty: list[str] = []  # buckets
+        self.returns = place.returns
+        self._place = place
+        self._end = "~" if horizon_us is None else "%016d~" % horizon_us
+        self._known = known
+        self._lock = _thread.RLock()  # any thread may ask for the next one
+        self._top = top = place.path["pending"]
+        entries = _twice(place.listing, top)
+        # Both in descending order, so that the next one is the last.
+        self._buckets = sorted((entry.path for entry in entries if _is_bucket(entry)), reverse=True)
+        self._hand: list[tuple[str, str, str]] = []  # place and more, name, directory
+        far = "~" if horizon_us is None else "%016d" % (horizon_us + _AHEAD_US)
+        self.ahead = [e.path for e in entries if e.name > far and (_is_bucket(e) or _parse(e.name))]
+        self._take_up([entry.name for entry in entries if entry.is_file(follow_symlinks=False)], top)
+
+    def next(self) -> tuple[str, str] | None:
+        """Name and directory of the next one; None behind the last."""
+        with self._lock:
+            while self._buckets:
+                if self._hand and self._hand[-1][0] < self._buckets[-1][len(self._top) + 1 :]:
+                    break  # nothing in that bucket is older
+                bucket = self._buckets.pop()
+                names = self._place.names(bucket)
+                if not names:
+                    self.empty.append(bucket)
+                self._take_up(names, bucket)
+            return self._hand.pop()[1:] if self._hand else None
+
+    def _take_up(self, names: Iterable[str], directory: str) -> None:
+        """Add the tasks of a directory to those in hand."""
+        tasks = [(_order(name), name, directory) for name in names if name[16:17] == "_"]
+        late = [name for order, name, _ in tasks if order > self._end and name not in self._known]
+        if late:
+            self.hidden.update(late)
+            tasks = [task for task in tasks if task[1] not in self.hidden]
+        self._hand = sorted(self._hand + tasks, reverse=True) if self._hand else sorted(tasks)[::-1]
+
+    def skip(self, count: int) -> None:
+        """Leave so many names to the next listing."""
+        with self._lock:
+            self.skipped |= bool(self._hand)
+            del self._hand[-count:]
+
+
+# --- verdicts: what becomes of a claimed task? --------------------------------------------------------
+
+
+class _Claims:
+    """What becomes of a claimed task? The verdicts, and the lease. All state is the task's own marks."""
+
+    def __init__(
+        self, place: _Place, looking: _Looking, pending: _Buckets, scheduled: _Buckets
+    ) -> None:
+        self._place = place
+        self._looking = looking
+        self._pending = pending
+        self._scheduled = scheduled
+
+    def finish(self, task: FemtoTask, state: str, keep: bool, reason: str | None = None) -> None:
+        """Move a task to done/ or failed/, or delete it."""
+        place = self._place
+        self._leave(task, state, lambda path: place.finish(path, state, task.id, keep, reason))
+
+    def retry(self, task: FemtoTask, delay_us: int, reason: str | None = None) -> None:
+        """Put a task back, or give it up if its attempts are used up."""
+        self._check(task)  # before its attempt is looked at
+        most = self._place.max_attempts
+        if most is not None and task.attempt >= most:
+            reason = reason or f"used up {task.attempt} attempts"
+            self.finish(task, "failed", self._place.keep_failed, reason)
+        else:
+            self.put_back(task, delay_us)
+
+    def put_back(self, task: FemtoTask, delay_us: int = 0) -> None:
+        """Make a task pending at its old place, or scheduled."""
+        if delay_us:
+            due_us = _wall_us() + delay_us
+            name = _format(task.id, task.attempt, due_us)
+            self._leave(
+                task, "scheduled", lambda path: self._scheduled.put(path, due_us, name) is not None
+            )
+            return
+        place_us, name = _old_place(task.id, task.attempt, self._place.clock)
+        self._leave(task, "pending", lambda path: self._pending.put(path, place_us, name) is not None)
+        self._place.returns += 1
+
+    def touch(self, task: FemtoTask) -> None:
+        """Begin a new lease."""
+        self._check(task)
+        self._move(task, lambda path: _rename_claim(self._place, task, path) is not None)
+
+    def _leave(self, task: FemtoTask, verdict: str, move: Callable[[str], bool]) -> None:
+        """Take a task out of in_progress/, for good. Made again after an error, it only syncs."""
+        self._check(task)
+        if task._verdict != verdict:
+            if task._verdict:
+                raise NotInProgress(f"{task.id} was finished already: {task._verdict}")
+            # The old side first: on btrfs, a file whose new name alone is certain comes back under the
+            # old one as well. That is where it was claimed from, too: nobody synced the claim.
+            self._place.note(task._bucket or os.path.dirname(task.path))
+            self._move(task, move, verdict)
+            task._verdict = verdict
+        self._place.sync()
+        task._finished = True
+
+    def _check(self, task: FemtoTask) -> None:
+        """Raise what is wrong with a task that a caller hands in."""
+        if not isinstance(task, FemtoTask):
+            raise TypeError(f"task: expected what pop() returned, got {type(task).__name__}")
+        if task._finished:
+            raise NotInProgress(f"{task.id} was finished already: {task._verdict}")
+        if not task.path.startswith(self._place.path["in_progress"] + "/"):
+            # The directory is mounted elsewhere there, or the task is not ours.
+            if path := self._locate(task):
+                task.path = path
+            elif os.path.lexists(task.path):
+                raise ValueError(f"task: {task.id} is of another queue")
+
+    def _move(self, task: FemtoTask, move: Callable[[str], bool], verdict: str = "") -> None:
+        """Have `move` take the claim, whatever it is called by now."""
+        for _ in range(_ROUNDS):
+            try:
+                if move(task.path):
+                    return
+            except OSError:
+                if self._locate(task) or not self._was_moved_by_us(task, verdict, failed=True):
+                    raise
+                return
+            path = self._locate(task)
+            if path is None:
+                if self._was_moved_by_us(task, verdict, failed=False):
+                    return
+                task._was_taken = True
+                raise NotInProgress(
+                    f"{task.id}: attempt {task.attempt} is not in progress; it was finished already, "
+                    "or its lease ran out (a longer timeout_stale_ms, or touch(), prevents that)"
+                )
+            task.path = path
+        raise _not_found(task.path)
+
+    def _locate(self, task: FemtoTask) -> str | None:
+        """The claim's file: a `touch` elsewhere renames it, another host mounts it elsewhere."""
+        owner = os.path.basename(os.path.dirname(task.path))
+        directory = f"{self._place.path['in_progress']}/{owner}"
+        names = (entry.name for entry in self._place.entries(directory))
+        return _find_claim(directory, task.id, task.attempt, names)
+
+    def _was_moved_by_us(self, task: FemtoTask, verdict: str, failed: bool) -> bool:
+        """Was our rename done, and its answer lost? On a network it may be ENOENT (rename(2), BUGS).
+
+        It was if the claim was our own, or our rename `failed` just now, if the lease runs, and if the
+        task is nowhere but where we moved it.
+        """
+        place, claim = self._place, _parse(os.path.basename(task.path))
+        ours = failed or os.path.dirname(task.path) == place.owner.directory
+        if not (verdict and ours and claim and claim[2] > place.clock.now()):
+            return False
+        keep = place.keep_done if verdict == "done" else place.keep_failed or verdict != "failed"
+        found = next((state for state, _ in self._looking.find(task.id, STATES)), None)
+        return found == (verdict if keep else None)
+
+
+def _rename_claim(place: _Place, task: FemtoTask, path: str) -> str | None:
+    """Give a claim a new full lease; None if it is not there any more."""
+    now_us = place.clock.stamp()
+    since_us = task._since_us or now_us
+    name = _format(task.id, task.attempt, now_us + place.lease_us, since_us)
+    target = f"{os.path.dirname(path)}/{name}"
+    if not _rename(path, target):
+        return None
+    task.path = target
+    task._ends_us = _since_boot_us() + place.lease_us
+    return target
+
+
+# --- the way back -------------------------------------------------------------------------------------
+
+
+# What is to be made pending: by which time it is sorted, id, deliveries used up, path, if at a new place.
+_Return = tuple[int, str, int, str, bool]
+
+
+class _Keeper:
+    """What comes back? What is due, or claimed by who is gone or hangs. Sweeps what the dead left."""
+
+    def __init__(
+        self, place: _Place, looking: _Looking, pending: _Buckets, scheduled: _Buckets
+    ) -> None:
+        self._place = place
+        self._looking = looking
+        self._pending = pending
+        self._scheduled = scheduled
+        self._next_look_us = 0
+        self._next_sweep_us = 0
+        self._departures = 0
+        self._is_first_look = True
+        self._warned: set[str] = set()
+
+    def is_time(self, now_us: int) -> bool:
+        """Is it time to look at all owners, or is something due, even if there is other work?"""
+        return now_us >= self._next_look_us or self._departures != _departures.get(self._place.root, 0)
+
+    def hurry(self) -> None:
+        """Look at all owners at once."""
+        self._next_look_us = 0
+
+    def sleep_us(self) -> int:
+        """How long it is until then, unless something changes."""
+        return self._next_look_us - self._place.clock.now()
+
+    def bring_back(self) -> bool:
+        """Make pending what is due, and if it is time what is abandoned; tell if anything was.
+
+        An error is set aside, to be raised when nothing is pending: what is can be had all the same.
+        """
+        place = self._place
+        now_us, before, moved = place.clock.now(), len(place.troubles), 0
+        try:
+            if self.is_time(now_us):
+                self._departures = _departures.get(place.root, 0)
+                self._next_look_us = now_us + _LOOK_US
+                if now_us >= self._next_sweep_us:
+                    self._next_sweep_us = now_us + _SWEEP_US
+                    self._sweep()
+                moved += self._move(self._find_abandoned(now_us), whole=self._is_first_look)
+                self._is_first_look = False
+                self._warn_of_clocks(now_us)
+            moved += self._move(self._find_due())
+        except OSError as error:
+            place.set_aside(place.root, error)
+        place.sync()
+        return moved > 0 or len(place.troubles) > before
+
+    def _move(self, tasks: list[_Return], whole: bool = False) -> int:
+        """Make tasks pending, the first ones by their order; return how many."""
+        place, moved = self._place, 0
+        if len(tasks) > _BATCH and not whole:
+            self._next_look_us = 0  # the rest at the next look, which comes at once
+        for _, id, used, path, is_new in sorted(tasks)[: None if whole else _BATCH]:
+            place_us, name = _old_place(id, used, place.clock, is_new)
+            try:
+                bucket = _twice(self._pending.put, path, place_us, name)
+            except OSError as error:
+                # On Windows, whoever works on the file keeps it from being renamed.
+                if os.name != "nt" or not isinstance(error, PermissionError):
+                    place.set_aside(path, error)
+                if error.errno in (*_FULL, *_SCARCE):
+                    break
+                continue
+            moved += bucket is not None
+        place.returns += moved
+        return moved
+
+    def _find_abandoned(self, now_us: int) -> list[_Return]:
+        """The claims of owners that are gone, and those whose lease ran out."""
+        place = self._place
+        found: list[_Return] = []
+        has_company = has_hosts = False
+        for entry in place.entries(place.path["in_progress"]):
+            owner = _parse_owner(entry.name)
+            if owner is None or not entry.is_dir(follow_symlinks=False):
+                continue
+            has_company |= owner[1:4] != place.owner.process
+            has_hosts |= owner[3] != place.owner.process[2]
+            names = place.names(entry.path)
+            alive = _is_alive(owner, place.owner.node_id, self._is_first_look)
+            for name in names:
+                path = f"{entry.path}/{name}"
+                if (claim := _parse(name)) is None or path in place.troubles:
+                    continue
+                id, used, deadline_us, _ = claim
+                if alive is False or deadline_us < now_us:
+                    found.append((int(id[:16]), id, used, path, False))
+                elif alive is None and owner[0] == place.owner.node_id:
+                    self._warn_of_name(entry.name)
+            if not names:
+                if entry.path == place.owner.directory:
+                    place.owner.rest()
+                elif alive is False:
+                    _try(os.rmdir, entry.path)
+        place.has_company, place.has_hosts = has_company, has_hosts
+        return found
+
+    def _find_due(self) -> list[_Return]:
+        """What is due, at least the earliest of it. What is not is sorted into closer buckets."""
+        place, now_us = self._place, _wall_us()
+        top = place.path["scheduled"]
+        next_due_us = now_us + _LOOK_US
+        found: list[_Return] = []
+        for entry in sorted(place.entries(top), key=lambda entry: entry.name):
+            start_us = _time_of(entry.name)
+            if start_us > now_us:
+                next_due_us = min(next_due_us, start_us)
+                break
+            if len(found) > _BATCH:
+                found.sort()
+                if found[_BATCH][0] <= start_us:
+                    break  # all that is in there is later
+            if _is_bucket(entry):
+                directory, names = entry.path, place.names(entry.path)
+                if not names:
+                    self._scheduled.remove_empty([directory])
+            else:
+                directory, names = top, [entry.name] if entry.is_file(follow_symlinks=False) else []
+            for name in names:
+                path = f"{directory}/{name}"
+                if (parsed := _parse(name)) is None or path in place.troubles:
+                    continue
+                id, used, due_us, _ = parsed
+                if due_us <= now_us:
+                    found.append((due_us, id, used, path, True))
+                    continue
+                next_due_us = min(next_due_us, due_us)
+                if start_us < due_us - due_us % self._scheduled.width(due_us):
+                    _try(self._scheduled.put, path, due_us, name)  # or it is read at each look
+        self._next_look_us = min(self._next_look_us, place.clock.now() + max(0, next_due_us - now_us))
+        return found
+
+    def settle(self, paths: Iterable[str]) -> None:
+        """Give a place to what was put into pending/ with a stamp from the future.
+
+        Else it would be passed by without end while newer tasks flow.
+        """
+        place = self._place
+        for path in paths:
+            directory, name = os.path.split(path)
+            inside = [(f"{path}/{name}", name) for name in place.names(path)] if "_" not in name else []
+            for source, name in inside or [(path, name)]:
+                if (parsed := _parse(name)) and source not in place.troubles:
+                    self._move([(parsed[2], parsed[0], parsed[1], source, True)])
+
+    def requeue(self, id: str) -> bool:
+        """Give a finished task a fresh start, or make a scheduled one pending now."""
+        place = self._place
+        for state, path in self._looking.find(id, (*_FINISHED, "scheduled")):
+            used = (_parse(os.path.basename(path)) or (id, 0))[1] if state == "scheduled" else 0
+            place_us, name = _old_place(id, used, place.clock, state == "scheduled")
+            if bucket := self._pending.put(path, place_us, name):
+                place.returns += 1
+                try:
+                    place.sync()
+                except BaseException:
+                    _try(_rename, f"{bucket}/{name}", path)  # so that this can be made again
+                    raise
+                if state == "failed":
+                    _try(_unlink, path + _REASON)
+                return True
+        return False
+
+    def give_back_own(self) -> None:
+        """Make pending what this object claimed and did not finish."""
+        place = self._place
+        found: list[_Return] = []
+        for name in place.names(place.owner.directory):
+            if claim := _parse(name):
+                path = f"{place.owner.directory}/{name}"
+                found.append((_time_of(name), claim[0], claim[1], path, False))
+        self._move(found, whole=True)
+        place.sync()
+        place.raise_trouble()
+        _try(os.rmdir, place.owner.directory)
+
+    def _warn_of_name(self, owner: str) -> None:
+        """Somebody else claims under our name: that is told once."""
+        if owner not in self._warned:
+            self._warned.add(owner)
+            _log(
+                "node_id %r is in use at two places, %s and %s; give each machine or container its own, "
+                "or each takes over at its start what the other works on",
+                self._place.owner.node_id,
+                owner,
+                self._place.owner.name,
+            )
+
+    def _warn_of_clocks(self, now_us: int) -> None:
+        """Between machines, order and leases are as good as their clocks agree."""
+        ahead_s = (now_us - _wall_us()) / 1e6
+        if self._place.has_hosts and abs(ahead_s) > 1 and "clocks" not in self._warned:
+            self._warned.add("clocks")
+            _log(
+                "other machines take part, and the queue clock here is %.1f s ahead of the wall clock; "
+                "synchronize the clocks (NTP), and remove %s while no worker runs",
+                ahead_s,
+                self._place.clock.path,
+            )
+
+    def _sweep(self) -> None:
+        """Delete what dead writers left half-written, and empty directories of forgotten owners."""
+        self._place.forget_troubles()
+        for state, remove in (("creating", _unlink), ("in_progress", os.rmdir)):
+            for entry in self._place.entries(self._place.path[state]):
+                name = entry.name.rpartition("~")[0] if state == "creating" else entry.name
+                owner, info = _parse_owner(name), _lstat(entry.path)
+                if owner and info and stat.S_ISREG(info.st_mode) is (state == "creating"):
+                    alive = _is_alive(owner, self._place.owner.node_id, self._is_first_look)
+                    if alive is False or (alive is None and time.time() - info.st_mtime > _ORPHAN_S):
+                        _try(remove, entry.path)
+
+
+# --- the loop: how is a handler run? ------------------------------------------------------------------
+
+
+class _SecondSignal(BaseException):
+    """Ends a handler at once. No handler catches it by name, and none by Exception."""
+
+
+class _Worker:
+    """How is a handler run? The loop, its heartbeat, and the signals that wait for the task in hand."""
+
+    def __init__(
+        self, handler: Callable[[FemtoTask], object], queues: list[tuple[FemtoQueue, _Parts]]
+    ) -> None:
+        self._handler = handler
+        self._queues = queues
+        self._current: list[tuple[_Claims, FemtoTask]] = []
+        self._caught: list[int] = []  # signals
+        self._complain_us = 0
+        self._pid = os.getpid()
+
+    def run(self, until_empty: bool) -> int:
         import threading
 
-        current: list[FemtoTask] = []
         ended = threading.Event()
-        heart = threading.Thread(target=self._keep_alive, args=(current, ended), daemon=True)
-        heart.start()
+        # As much a daemon as the thread that it serves: so it keeps no process from ending.
+        heart = threading.Thread(target=self._keep_alive, args=(ended,))
         count = 0
+        restore = self._defer_signals()
+        places = [parts.place for _, parts in self._queues]
+        runs = [place.begin_run() for place in places]
         try:
-            with _StopOnSignals() as signals:
-                while not signals and (task := self._next_task(until_empty, signals)):
-                    current[:] = [task]
-                    try:
-                        count += self._handle(task, handler)
-                    finally:
-                        current.clear()
+            heart.start()
+            while found := self._next(until_empty):
+                count += self._handle(*found)
+        except _SecondSignal:
+            pass  # the task is given back, and the signal follows
         finally:
+            restore()
             ended.set()
             heart.join()
+            for place, run in zip(places, runs, strict=True):
+                place.end_run(run)
+            if os.getpid() == self._pid:
+                self._raise_caught()
         return count
 
-    def _next_task(self, until_empty: bool, signals: Sequence[int]) -> FemtoTask | None:
-        """What `run` handles next. A worker that stays outlives errors, and logs one a minute."""
-        while True:
+    def _is_over(self) -> bool:
+        return bool(self._caught) or self._queues[0][1].place.is_stopped()
+
+    def _next(self, until_empty: bool) -> tuple[FemtoQueue, _Claims, FemtoTask] | None:
+        """The next task. A worker that stays outlives errors, and logs one a minute."""
+        consumers = [parts.consumer for _, parts in self._queues]
+        while not self._is_over():
             try:
-                return self._wait_and_claim(0.0 if until_empty else None, signals)
+                found = _wait_for_task(consumers, 0 if until_empty else float("inf"), self._is_over)
+                if found is None:
+                    return None
+                queue, parts = self._queues[found[0]]
+                found[1].queue = queue
+                return queue, parts.claims, found[1]
             except OSError as error:
                 if until_empty or error.errno is None:  # such as the TimeoutError of an alarm
                     raise
-                if self._clock.now() >= self._next_complaint_us:
-                    self._next_complaint_us = self._clock.now() + _SWEEP_US
+                if _since_boot_us() >= self._complain_us:
+                    self._complain_us = _since_boot_us() + 60_000_000
                     _log("no task can be had, but the worker stays: %s", str(error))
-            time.sleep(1)
+            for _ in range(10):
+                if not self._is_over():
+                    time.sleep(0.1)
+        return None
 
-    def _handle(self, task: FemtoTask, handler: Callable[[FemtoTask], object]) -> bool:
+    def _handle(self, queue: FemtoQueue, claims: _Claims, task: FemtoTask) -> bool:
         """Run the handler for one task and finish it; tell if both went well."""
-        pid = os.getpid()
+        self._current[:] = [(claims, task)]
         try:
             try:
-                result = handler(task)
-            except Exception as error:
-                if os.getpid() != pid:
+                result = self._handler(task)
+            except (Exception, SystemExit) as error:
+                if os.getpid() != self._pid:
                     raise
-                of = f" of {self.max_attempts}" if self.max_attempts else ""
-                _log("%s: attempt %s%s failed: %s", task.id, task.attempt, of, error, error=error)
-                if not task._finished:
-                    delay_ms = min(1_000 * 2 ** min(task.attempt - 1, 12), 3_600_000)
-                    self.retry(task, delay_ms * (0.5 + os.urandom(1)[0] / 255))
+                self._retry(queue, claims, task, error)
                 return False
-            if os.getpid() != pid:
+            if os.getpid() != self._pid:
                 raise SystemExit  # the handler forked, and here is the child: the task is not its own
             _check_has_run(result)
             if not task._finished:
-                self.done(task)
+                claims.finish(task, "done", queue.keep_done)
             return True
         except NotInProgress:
             _log("%s: its lease was lost while it was handled", task.id)
             return False
         except BaseException:
-            try:
-                if not task._finished and os.getpid() == pid:
-                    self._put_back(task, 0)
-            except NotInProgress:
-                pass  # it was finished before the exception came
-            raise
-
-    def _keep_alive(self, current: list[FemtoTask], ended: threading.Event) -> None:
-        while not ended.wait(self._lease_us / 3e6):
-            for task in tuple(current):
+            if not task._finished and os.getpid() == self._pid:
                 try:
-                    self.touch(task)
-                except FemtoQueueError:  # NotInProgress, or closed
-                    task.lost = True
+                    claims.put_back(task)
+                except NotInProgress:
+                    pass  # it was finished before the exception came
+            raise
+        finally:
+            self._current.clear()
+
+    def _retry(self, queue: FemtoQueue, claims: _Claims, task: FemtoTask, error: BaseException) -> None:
+        """Log what the handler raised, and have the task come back later."""
+        import traceback
+
+        of = f" of {queue.max_attempts}" if queue.max_attempts else ""
+        text = f"{type(error).__name__}: {error}"
+        _log("%s: attempt %s%s failed: %s", task.id, task.attempt, of, text, error=error)
+        if not task._finished:
+            delay_us = 1_000_000 * min(2 ** min(task.attempt - 1, 12), 3_600)
+            # More or less by up to half: what failed together must not come back together.
+            delay_us = int(delay_us * (0.5 + os.urandom(1)[0] / 255))
+            claims.retry(task, delay_us, "".join(traceback.format_exception(error)))
+
+    def _keep_alive(self, ended: threading.Event) -> None:
+        lease_s = min(queue.timeout_stale_ms for queue, _ in self._queues) / 1e3
+        while not ended.wait(lease_s / 3):
+            for claims, task in tuple(self._current):
+                try:
+                    claims.touch(task)
+                except FemtoQueueError:
+                    pass  # then task.lost says so
                 except OSError as error:
                     _log("%s: its lease could not be renewed", task.id, error=error)
 
+    def _defer_signals(self) -> Callable[[], None]:
+        """Collect signals to end, and interrupt the handler at the second one; return what ends that."""
+        import signal
+        import threading
 
-# --- names --------------------------------------------------------------------------------------------
+        before: dict[int, Any] = {}
 
+        def catch(number: int, frame: object) -> None:
+            if os.getpid() != self._pid:  # a process that the handler forked
+                signal.signal(number, before[number])
+                signal.raise_signal(number)
+                return
+            self._caught.append(number)
+            for _, parts in self._queues:
+                parts.place.wake()
+            if len(self._caught) == 2 and self._current:
+                raise _SecondSignal
 
-def _format(id: str, used: int, time_us: int | None = None) -> str:
-    """The file name of a task that was delivered `used` times; `time_us`: its due time or deadline."""
-    if time_us is not None:
-        return "%s~%d~%016d" % (id, used, time_us)
-    return f"{id}~{used}" if used else id
+        if threading.current_thread() is threading.main_thread():
+            for name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT"):
+                number = getattr(signal, name, None)
+                # Ignored under nohup. None: what C code installed cannot be restored.
+                if number and signal.getsignal(number) not in (signal.SIG_IGN, None):
+                    before[number] = signal.signal(number, catch)
 
+        def restore() -> None:
+            for number, handler in before.items():
+                signal.signal(number, handler)
 
-def _parse(name: str) -> tuple[str, int, int] | None:
-    """Id, deliveries used up, due time or deadline; None if this is not the name of a task.
+        return restore
 
-    A name without a time, as shell scripts and the original make them, is due at the time in its id.
-    """
-    id, tilde, rest = name.partition("~")
-    stamp = id[:16]
-    # isprintable: an id is one line anywhere, and a name that is not UTF-8 is no id.
-    if not (stamp.isdigit() and id[16:17] == "_" and 17 < len(id) <= _MAX_ID and id.isprintable()):
-        return None
-    if not id.isascii() and not (stamp.isascii() and len(id.encode()) <= _MAX_ID):
-        return None
-    if not tilde:
-        return id, 0, int(stamp)
-    used, tilde, time_text = rest.partition("~")
-    if not _is_digits(used) or len(used) > 9 or (tilde and not _is_digits(time_text, 16)):
-        return None
-    return id, int(used), int(time_text or stamp)
+    def _raise_caught(self) -> None:
+        """Let the signals do what they would have done without `run`."""
+        import signal
 
-
-def _time_of(name: str) -> int:
-    """The time that the name of a task or a bucket begins with; 0 for other names."""
-    digits = name[:16]
-    return int(digits) if _is_digits(digits, 16) else 0
-
-
-def _is_digits(text: str, length: int | None = None) -> bool:
-    return text.isdigit() and text.isascii() and length in (None, len(text))
+        for number in dict.fromkeys(self._caught):
+            signal.raise_signal(number)
 
 
-def _is_id(text: str) -> bool:
-    """Is this a task's id, and nothing else on any filesystem?"""
-    return not _FORBIDDEN & set(text) and _parse(text) is not None
+# --- looking: what is where? --------------------------------------------------------------------------
 
 
-def _is_bucket(entry: os.DirEntry[str]) -> bool:
-    return _is_digits(entry.name, 16) and entry.is_dir(follow_symlinks=False)
+class _Looking:
+    """What is where? One walk for counting, listing, finding and deleting. It writes nothing."""
 
+    def __init__(self, place: _Place) -> None:
+        self._place = place
+        self._counted: dict[str, tuple[int, int]] = {}  # by bucket: its change time, how many tasks
 
-def _is_file(entry: os.DirEntry[str]) -> bool:
-    return entry.is_file(follow_symlinks=False)
+    def walk(self, state: str) -> Iterator[tuple[str, int, int, str]]:
+        """Id, attempts, due time or deadline, and path of the tasks of `state` that this user may read.
 
-
-def _is_original(entry: os.DirEntry[str]) -> bool:
-    """Is this a task file of the original femtoqueue?"""
-    time_text, underscore, _ = entry.name.partition("_")
-    if not (underscore and _is_digits(time_text.removeprefix("-")) and len(time_text) <= 16):
-        return False
-    if not _is_file(entry):
-        return False
-    if _LEGACY_NAME in entry.name:
-        return True
-    try:
-        with open(entry.path, "rb") as file:
-            return file.read(len(_LEGACY_MAGIC)) == _LEGACY_MAGIC
-    except (PermissionError, FileNotFoundError):
-        return False
-
-
-# --- payloads -----------------------------------------------------------------------------------------
-
-
-def _chunks(descriptor: int) -> Iterator[bytes]:
-    while chunk := os.read(descriptor, _CHUNK):
-        yield chunk
-
-
-def _crc(descriptor: int) -> int:
-    crc = 0
-    for chunk in _chunks(descriptor):
-        crc = zlib.crc32(chunk, crc)
-    return crc
-
-
-def _read_more(descriptor: int, path: str, data: bytes) -> bytes | None:
-    """`data` and what follows it in the file; None if that is too much to be kept in memory."""
-    info = os.fstat(descriptor)
-    if not stat.S_ISREG(info.st_mode):
-        raise OSError(errno.EINVAL, "not a regular file any more", path)
-    if info.st_size > _CHUNK:
-        os.lseek(descriptor, 0, os.SEEK_SET)  # for who computes the CRC-32
-        return None
-    return data + b"".join(_chunks(descriptor))
-
-
-def _find_payload(descriptor: int, id: str) -> int | None:
-    """Where the payload begins in a file whose id does not tell its CRC-32; None if it is broken.
-
-    The original wrote a header with an MD5 digest before it. What anybody else put there is taken as
-    it is.
-    """
-    stem, _, crc_text = id.rpartition(".")
-    nonce = stem.rpartition("_")[2]
-    if len(crc_text) == 8 and len(nonce) >= 18 and set(crc_text + nonce) <= set("0123456789abcdef"):
-        return None  # it does tell, and another one
-    os.lseek(descriptor, 0, os.SEEK_SET)
-    header = os.read(descriptor, _LEGACY_HEADER)
-    if header.startswith(_LEGACY_MAGIC):
-        import hashlib
-
-        digest = hashlib.md5(usedforsecurity=False)
-        for chunk in _chunks(descriptor):
-            digest.update(chunk)
-        if header == _LEGACY_MAGIC + digest.digest():
-            return _LEGACY_HEADER
-    return None if _LEGACY_NAME in id else 0
-
-
-# --- buckets, and how pending/ is read ----------------------------------------------------------------
-
-
-class _Bucket:
-    """A directory that this object puts tasks into, and what it has put there.
-
-    Everybody begins with the bucket of the current period, and goes on to others of up to 1,000 tasks,
-    so that no directory becomes large. In scheduled/ the periods are a tenth of the wait or shorter: a
-    bucket that has begun soon falls due as a whole.
-    """
-
-    def __init__(self, parent: str, start_us: int, end_us: int, shared: bool, room: int) -> None:
-        self.parent = parent
-        self.path = "%s/%016d" % (parent, start_us)
-        self.start_us = start_us
-        self.end_us = end_us
-        self.shared = shared  # with all producers of this period
-        self.room = room
-        self.used = 0
-        self.newest_us = start_us
-        self.made = False  # by us, or found when we tried to
-        self.durable = False  # its own entry is on disk
-
-    def accepts(self, time_us: int) -> bool:
-        return self.start_us <= time_us < self.end_us and self.used < self.room
-
-    def make_durable(self) -> None:
-        """Make sure that no task is moved below a directory that a power cut would take away."""
-        if not self.durable:
-            _make_directory(self.path)
-            _sync_directories(self.parent)
-            self.made = True
-            self.durable = not self.shared  # which another producer may have made just now
-
-    def to_sync(self) -> tuple[str, ...]:
-        """What to sync after a task was put here."""
-        return (self.path,) if self.durable else (self.path, self.parent)
-
-
-def _period(state: str, time_us: int) -> tuple[int, int]:
-    """Begin and end of the time for which all producers share a bucket."""
-    width = _BUCKET_US
-    if state == "scheduled":
-        width = max(_CLOSE_US, 10 ** (len(str(max(0, time_us - _wall_us()))) - 2))
-    start_us = time_us - time_us % width
-    return start_us, start_us + width
-
-
-class _Look:
-    """One look through the directories, and what it passes over because that cannot be read or moved.
-
-    A strict one adds nothing to that: the first error is raised.
-    """
-
-    def __init__(self, passed_over: set[str] | None = None, strict: bool = True) -> None:
-        self.passed_over = set() if passed_over is None else passed_over
-        self.strict = strict
-        self.errors: list[OSError] = []  # the first ones
-        self.seen = 0  # how many names of the listing in hand
-
-    def passes_over(self, path: str, error: OSError) -> bool:
-        """May the look go on without what is at `path`? If so, note it."""
-        if self.strict:
-            return False
-        if error.errno not in _FULL:
-            self.passed_over.add(path)
-        if len(self.errors) < 10:
-            error.__context__ = None  # its frames, and those of the traceback, hold this object
-            self.errors.append(error.with_traceback(None))
-        return True
-
-    def read(self, reader: Callable[[str], list[T]], directory: str) -> list[T] | None:
-        """What `_list` or `_names` says of a directory; None if that is passed over."""
-        if directory in self.passed_over:
-            return None
-        try:
-            return reader(directory)
-        except OSError as error:
-            if not self.passes_over(directory, error):
-                raise
-            return None
-
-
-class _Listing:
-    """The names in pending/, smallest first, opening each bucket only when its turn comes.
-
-    A listing is no snapshot: readdir may miss a name and still show a later one that was added
-    meanwhile. So it hides what was stamped after the horizon; that belongs to the next one.
-    """
-
-    def __init__(
-        self, directory: str, horizon_us: int | None = None, passed_over: Iterable[str] = ()
-    ) -> None:
-        self.begun_s = time.time()
-        self.hides = False  # something stamped after the horizon
-        self.skipped = False  # something was left to the next listing
-        self.empty: list[str] = []  # buckets
-        self.directories = [directory]  # read so far
-        self.size = 0  # how many names were listed
-        self._end = "~" if horizon_us is None else "%016d~" % horizon_us
-        self._lock = _thread.RLock()
-        # All of these in descending order, so that the next one is the last.
-        self._final: list[tuple[str, str]] = []  # nothing that is not in here yet is smaller
-        self._hand: list[tuple[str, str]] = []
-        self._buckets: list[str] = []
-        loose = []
-        for entry in _list(directory):
-            if _is_bucket(entry):
-                if f"{directory}/{entry.name}" not in passed_over:
-                    self._buckets.append(entry.name)
-            elif _is_file(entry):
-                loose.append(entry.name)
-        self._buckets.sort(reverse=True)
-        self._take_up(loose, directory)
-
-    def next(self) -> tuple[str, str] | None:
-        """Name and directory of the next one. Any thread may ask.
-
-        A bucket that cannot be read raises OSError once; the next call goes on behind it.
+        The oldest directory first: a scheduled task that is moved closer meanwhile goes to a younger one,
+        where it is seen again rather than missed.
         """
-        while True:
+        top = self._place.path[state]
+        inner = () if state in _FINISHED else self._place.subdirectories(top)
+        for directory in (top, *inner):
+            if state == "in_progress" and directory == top:
+                continue  # a claim lies in its owner's directory
             try:
-                return self._final.pop()
-            except IndexError:
-                with self._lock:
-                    if not self._final and not self._open_more():
-                        return None
+                for entry in self._place.entries(directory):
+                    if (parsed := _parse(entry.name)) and entry.is_file(follow_symlinks=False):
+                        yield (*parsed[:3], entry.path)
+            except PermissionError:
+                if directory == top:
+                    raise
 
-    def skip(self, count: int) -> None:
-        """Leave so many names to the next listing."""
-        self.skipped = True
-        del self._final[-count:]
+    def ids(self, state: str) -> Iterator[str]:
+        """The ids of a state in their order, each once: some filesystems list a name twice."""
+        if state == "pending":
+            names = (name for name, _ in iter(_Listing(self._place).next, None))
+            ids = (parsed[0] for name in names if (parsed := _parse(name)))
+        else:
+            tasks = [(task[2] if state == "scheduled" else 0, task[0]) for task in self.walk(state)]
+            ids = (id for _, id in sorted(set(tasks)))
+        return (id for id, _ in itertools.groupby(ids))
 
-    def _open_more(self) -> bool:
-        """Open buckets until the smallest names in hand are final; False if nothing is left."""
-        while self._buckets and not (self._hand and self._hand[-1][0] < self._buckets[-1]):
-            bucket = f"{self.directories[0]}/{self._buckets.pop()}"
-            self.directories.append(bucket)
-            self.size += 1  # so that whoever began this sees less than all, should it not be readable
-            names = _names(bucket)
-            self.size -= 1
-            if not names:
-                self.empty.append(bucket)
-            self._take_up(names, bucket)
-        next_bucket = self._buckets[-1] if self._buckets else "~"
-        # The usual case at once: all of them.
-        cut = 0 if self._hand and self._hand[0][0] < next_bucket else len(self._hand)
-        while cut and self._hand[cut - 1][0] < next_bucket:  # nothing in there is older
-            cut -= 1
-        final = self._hand[cut:]
-        del self._hand[cut:]
-        found = bool(final)
-        self._final = final  # other threads take from it at once, and may leave nothing of it
+    def count_pending(self) -> int:
+        """How many tasks are pending. A bucket that did not change since still holds what it held.
+
+        A change within the same tick of the filesystem's clock would not show: so what was changed
+        just now is not trusted, and nothing is where other machines take part.
+        """
+        total, counted = 0, {}
+        for directory in (
+            self._place.path["pending"],
+            *self._place.subdirectories(self._place.path["pending"]),
+        ):
+            info = _lstat(directory)
+            changed_ns = info.st_mtime_ns if info else 0
+            known = self._counted.get(directory)
+            if known is None or known[0] != changed_ns or self._place.has_hosts:
+                try:
+                    names = [entry.name for entry in self._place.entries(directory)]
+                except PermissionError:
+                    names = []
+                known = changed_ns, sum(1 for name in names if name[16:17] == "_" and _parse(name))
+            total += known[1]
+            if abs(time.time_ns() - changed_ns) > 50_000_000:
+                counted[directory] = known
+        self._counted = counted
+        return total
+
+    def find(self, id: str, states: Collection[str]) -> Iterator[tuple[str, str]]:
+        """State and path of a task, perhaps more than once: it may move while we search.
+
+        An id may come from outside. Only one that is a task's name by our grammar becomes a path.
+        """
+        _check("id", id, "a str")
+        if _FORBIDDEN & set(id) or _parse(id) is None:
+            return
+        yield from self._find_quickly(id, states)
+        waiting = _Waiting()
+        try:
+            for _ in range(_ROUNDS * 3):
+                waiting.watch(self._directories(states), departures=True)
+                waiting.changes()
+                for state in states:
+                    paths = [path for found, _, _, path in self.walk(state) if found == id]
+                    yield from ((state, path) for path in paths)
+                # If nothing of this id moved meanwhile, nor a directory, it was nowhere.
+                if not any(name.startswith(id) or not _parse(name) for name in waiting.changes()):
+                    return
+        finally:
+            waiting.close()
+
+    def _find_quickly(self, id: str, states: Collection[str]) -> Iterator[tuple[str, str]]:
+        """Ask for the likely names first: that lists no bucket."""
+        for state in states:
+            if state == "in_progress":
+                paths = [path for found, _, _, path in self.walk(state) if found == id]
+            elif state in _FINISHED:
+                paths = [f"{self._place.path[state]}/{id}"]
+            else:
+                top, name = self._place.path[state], id
+                if state == "scheduled":
+                    name = _format(id, 0, _time_of(id))
+                # A bucket holds nothing older than its name says.
+                inner = [path for path in self._place.subdirectories(top) if path <= f"{top}/{id}"]
+                paths = [f"{directory}/{name}" for directory in (top, *inner)]
+            for path in paths:
+                if (info := _lstat(path)) and stat.S_ISREG(info.st_mode):
+                    yield state, path
+
+    def _directories(self, states: Iterable[str]) -> Iterator[str]:
+        for state in states:
+            yield self._place.path[state]
+            if state not in _FINISHED:
+                yield from self._place.subdirectories(self._place.path[state])
+
+    def claims(self) -> list[dict[str, Any]]:
+        """Who works on what."""
+        place, now_us = self._place, self._place.clock.now()
+        found: list[dict[str, Any]] = []
+        for id, attempt, deadline_us, path in self.walk("in_progress"):
+            owner = _parse_owner(os.path.basename(os.path.dirname(path)))
+            claim, info = _parse(os.path.basename(path)), _lstat(path)
+            if owner and claim and info:
+                since_s = (now_us - claim[3]) / 1e6 if claim[3] else time.time() - info.st_ctime
+                alive = _is_alive(owner, place.owner.node_id, False)
+                found.append(
+                    {
+                        "id": id,
+                        "attempt": attempt,
+                        "node_id": owner[0],
+                        "pid": owner[1],
+                        "alive": {True: "yes", False: "no", None: "unknown"}[alive],
+                        "since_s": since_s,
+                        "lease_left_s": (deadline_us - now_us) / 1e6,
+                    }
+                )
         return found
 
-    def _take_up(self, names: list[str], directory: str) -> None:
-        """Add the tasks of a directory to those in hand."""
-        tasks = [name for name in names if name[16:17] == "_"]
-        tasks.sort(reverse=True)  # three times as fast as to sort the pairs
-        listed = [(name, directory) for name in tasks if name <= self._end]
-        self.hides |= len(listed) < len(tasks)
-        self.size += len(listed)
-        self._hand += listed
-        self._hand.sort(reverse=True)
-
-
-# --- the filesystem: the only place that renames, deletes and lists -----------------------------------
-
-
-def _rename(source: str, target: str) -> bool:
-    """Rename; False if there is no `source`, or no directory for `target`."""
-    try:
-        os.rename(source, target)
-    except OSError as error:
-        if _is_gone(error, source):
-            return False
-        raise
-    return True
-
-
-def _unlink(path: str) -> bool:
-    try:
-        os.unlink(path)
-    except (FileNotFoundError, NotADirectoryError):
-        return False
-    return True
-
-
-def _is_gone(error: OSError, path: str) -> bool:
-    """Does this error say that somebody else moved `path`? ESTALE, over NFS, may mean just that."""
-    if error.errno == errno.ESTALE:
-        return not _exists(path)
-    return error.errno in (errno.ENOENT, errno.ENOTDIR)
-
-
-def _exists(path: str) -> bool:
-    return _lstat(path) is not None
-
-
-def _lstat(path: str) -> os.stat_result | None:
-    try:
-        return os.lstat(path)
-    except (FileNotFoundError, NotADirectoryError):
+    def reason(self, id: str) -> str | None:
+        """Why a task failed."""
+        for _, path in self._find_quickly(id, ("failed",)) if _parse(id) else ():
+            try:
+                with open(path + _REASON, encoding="utf-8", errors="replace") as file:
+                    return file.read()
+            except FileNotFoundError:
+                pass
         return None
 
+    def cancel(self, id: str) -> bool:
+        """Delete a waiting task."""
+        dropped = False
+        for _, path in self.find(id, ("scheduled", "pending")):
+            if dropped := _unlink(path):
+                self._place.note(os.path.dirname(path))
+                break
+        self._place.sync()  # and what an earlier call could not sync
+        return dropped
 
-def _try(call: Callable[..., object], *arguments: object) -> None:
-    """For clean-up that may fail."""
-    try:
-        call(*arguments)
-    except OSError:
-        pass
+    def purge(self, state: str, older_than_s: float) -> int:
+        """Delete what was in a state for so long."""
+        until_s = time.time() - older_than_s
+        count = 0
+        for _, _, _, path in self.walk(state):
+            if info := _lstat(path):
+                # On Windows, that field is the time of creation.
+                if (info.st_mtime if os.name == "nt" else info.st_ctime) <= until_s and _unlink(path):
+                    count += 1
+                    self._place.note(os.path.dirname(path))
+                    if state == "failed":
+                        _try(_unlink, path + _REASON)
+        self._place.sync(self._place.path[state])
+        return count
+
+    def wait_until_empty(self, end_us: float) -> bool:
+        """Wait for a moment at which nothing is unfinished."""
+        place = self._place
+        waiting = _Waiting()
+        place.begin_to_wait(waiting)
+        try:
+            while True:
+                # What is busy ends in in_progress/: watch that, then look, then wait.
+                waiting.watch(self._directories(("in_progress",)), departures=True)
+                begun_us = _since_boot_us()
+                if self._is_empty():
+                    # It seems so. A look during which nothing moved is a moment's picture.
+                    waiting.watch(self._directories(_UNFINISHED), departures=True)
+                    waiting.changes()
+                    if self._is_empty() and not waiting.changes():
+                        return True
+                place.owner.check_open()
+                if place.is_stopped() or _since_boot_us() >= end_us:
+                    return False
+                waiting.wait(min(_LOOK_US, end_us - _since_boot_us()) / 1e6)
+                # A busy queue changes at every task: not more than a hundred looks a second.
+                time.sleep(max(0.0, min(0.01, (begun_us + 10_000 - _since_boot_us()) / 1e6)))
+        finally:
+            place.end_waiting(waiting)
+            waiting.close()
+
+    def _is_empty(self) -> bool:
+        return not any(True for state in _UNFINISHED for _ in self.walk(state))
 
 
-def _list(directory: str) -> list[os.DirEntry[str]]:
-    """The entries of a directory, in no order."""
-    with os.scandir(directory) as entries:
-        return list(entries)
+class _Waiting:
+    """Has anything changed? Directories, watched through inotify(7) for as long as one call waits.
+
+    Where that cannot be had, their change times are looked at every 9 ms.
+    """
+
+    def __init__(self) -> None:
+        self._lock = _thread.RLock()  # a signal handler may wake what it interrupts
+        self._rung = False
+        self._inotify = self._bell = -1
+        self._times: dict[str, list[float]] = {}
+        try:
+            import ctypes
+            import select
+
+            self._libc = ctypes.CDLL(None, use_errno=True)
+            self._inotify = self._libc.inotify_init1(os.O_NONBLOCK | os.O_CLOEXEC)
+            if self._inotify >= 0:
+                self._bell = os.eventfd(0)  # by which another thread ends a wait
+                self._poll = select.poll()
+                self._poll.register(self._inotify, select.POLLIN)
+                self._poll.register(self._bell, select.POLLIN)
+        except (ImportError, OSError, AttributeError, TypeError):
+            self.close()
+
+    def watch(self, directories: Iterable[str], departures: bool = False) -> None:
+        """Begin, or go on, to watch these for what comes, and for what goes if `departures`."""
+        mask = 0x01000180 | (
+            0x240 if departures else 0
+        )  # ONLYDIR, CREATE, MOVED_TO; DELETE, MOVED_FROM
+        self._times.clear()
+        for directory in directories:
+            if self._inotify >= 0:
+                path = os.fsencode(directory)
+                if self._libc.inotify_add_watch(self._inotify, path, mask) < 0 and os.path.isdir(path):
+                    self.close()  # no more watches are to be had
+            if self._inotify < 0:
+                self._times[directory] = _modified([directory])
+
+    def wait(self, seconds: float) -> None:
+        """Sleep until something changes, somebody wakes it, or so much time is over."""
+        if self._inotify >= 0:
+            if not self._rung:
+                self._poll.poll(max(0, seconds * 1_000))
+            self.changes()
+            return
+        # That nothing changed proves nothing: a filesystem's time moves in steps. So not for long.
+        end_us = _since_boot_us() + min(seconds, 0.1) * 1e6
+        while not self._rung and (left_s := (end_us - _since_boot_us()) / 1e6) > 0:
+            time.sleep(min(left_s, _POLL_S))
+            if self.changes():
+                break
+
+    def changes(self) -> set[str]:
+        """The names that came or went since this was asked before; "" for one that cannot be told."""
+        if self._inotify < 0:
+            return {"" for path, before in self._times.items() if _modified([path]) != before}
+        names: set[str] = set()
+        try:
+            while events := os.read(self._inotify, 65_536):
+                while events:  # struct inotify_event: wd, mask, cookie, len, name
+                    end = 16 + int.from_bytes(events[12:16], sys.byteorder)
+                    names.add(os.fsdecode(events[16:end].rstrip(b"\0")))
+                    events = events[end:]
+        except BlockingIOError:
+            pass
+        return names
+
+    def wake(self) -> None:
+        """End a wait. For any thread, and for signal handlers."""
+        with self._lock:
+            self._rung = True
+            if self._bell >= 0:
+                os.eventfd_write(self._bell, 1)
+
+    def close(self) -> None:
+        """Close the descriptors. Under the lock: another thread must not write to who gets the number."""
+        with self._lock:
+            descriptors, self._inotify, self._bell = (self._inotify, self._bell), -1, -1
+            for descriptor in descriptors:
+                if descriptor >= 0:
+                    _try(os.close, descriptor)
 
 
-def _names(directory: str, errors: list[OSError] | None = None) -> list[str]:
-    """The regular files in a directory that may vanish. Errors are raised, or added to `errors`."""
-    try:
-        # Not _is_file: the call would be a third of what listing a large directory costs.
-        return [entry.name for entry in _list(directory) if entry.is_file(follow_symlinks=False)]
-    except OSError as error:
-        if not _is_gone(error, directory):
-            if errors is None:
+# --- the directory ------------------------------------------------------------------------------------
+
+
+class _Place:
+    """Where is the queue, and how durable is a change? What the parts of one object in one process share."""
+
+    def __init__(self, queue: FemtoQueue) -> None:
+        self.root = root = queue._root
+        self.durable = queue.sync_after_write
+        self.lease_us = int(queue.timeout_stale_ms * 1_000)
+        self.max_attempts = queue.max_attempts
+        self.keep_done = queue.keep_done
+        self.keep_failed = queue.keep_failed
+        self.maxsize = queue.maxsize
+        self.path = {state: f"{root}/{state}" for state in (*STATES, "creating")}
+        self.layout = f"{root}/layout"
+        self.owner = _Owner(self, queue.node_id)
+        self.clock = _Clock(self)
+        self.troubles: dict[str, OSError] = {}  # by path: set aside for a minute
+        self.has_company = False  # other processes claim tasks, so far as the last look told
+        self.has_hosts = False  # other machines or containers do
+        self.claimed = 0  # how many tasks this object took out of pending/
+        self.returns = 0  # and how many it put back, perhaps before what is listed already
+        self._told: set[str] = set()
+        self._gift: tuple[int, int] | None = (
+            None  # the owner and group of the directory, if root is not it
+        )
+        self._touched: dict[str, None] = {}  # directories to sync, the old side of a rename first
+        self._lock = _thread.RLock()  # reentrant: a signal handler may push in the midst of a push
+        self._waiting: set[_Waiting] = set()
+        self._runs: list[tuple[int, Any]] = []  # a thread, and the lock that it holds while it runs
+        self._is_stopped = False
+
+    # Opening, and what heals.
+
+    def open(self) -> None:
+        """Check the layout, or make the directory. What exists already is only looked at."""
+        layout = self._read_layout()
+        if layout is None:
+            if os.path.isdir(self.root) and _is_original(self.root):
+                raise FemtoQueueError(
+                    f"{self.root} is a directory of the original femtoqueue 0.3 or 0.4; it is left as it "
+                    'is. README says under "From the original femtoqueue" how to move its tasks over'
+                )
+            for path in (self.root, *self.path.values()):
+                self.note(*map(os.path.dirname, _make_directories(path)))
+                self._share(path)
+            self._write_layout()
+        elif layout > _LAYOUT:
+            raise FemtoQueueError(
+                f"{self.root} has layout {layout}, and this copy of femtoqueue.py knows {_LAYOUT}; "
+                "replace the copy by a later version"
+            )
+        # Even if it was there: whoever made it need not have been durable.
+        self.sync(os.path.dirname(self.root), self.root)
+
+    def _read_layout(self) -> int | None:
+        """The version that the directory says it has; None if it says nothing."""
+        try:
+            with open(self.layout, "rb") as file:
+                words = file.readline(100).decode("ascii", "replace").split()
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        if len(words) != 3 or words[:2] != ["femtoqueue", "layout"] or not _is_digits(words[2]):
+            raise FemtoQueueError(
+                f"{self.layout} says no version; it should begin with: femtoqueue layout 1"
+            )
+        return int(words[2])
+
+    def _write_layout(self) -> None:
+        """Last of all: as long as it is missing, whoever opens the directory makes what is missing."""
+        text = (
+            f"femtoqueue layout {_LAYOUT}\n"
+            "This directory is a task queue. Each file below a state's directory is one task.\n"
+            "A copy of femtoqueue.py opens it only if it knows this layout.\n"
+        )
+        draft = self.owner.draft + "%016d" % _wall_us()
+        try:
+            self.write(draft, (text.encode(),), shared=True)
+            _rename(draft, self.layout)
+        except OSError as error:
+            # Whoever may only look, or only delete, needs none.
+            if error.errno not in (*_FULL, errno.EACCES, errno.EPERM, errno.EEXIST):
                 raise
-            errors.append(error)
+        finally:
+            _try(_unlink, draft)
+
+    def check_there(self) -> None:
+        """Raise FileNotFoundError if data_dir was renamed or unmounted: then nothing of it is known."""
+        os.stat(self.layout)
+
+    def make(self, path: str) -> None:
+        """Make a directory inside data_dir, for good, and what somebody removed above it."""
+        self.check_there()
+        for made in _make_directories(path):
+            self._share(made)
+            self.note(os.path.dirname(made))
+        self.sync(os.path.dirname(path))  # even if it was there: whoever made it need not be durable
+
+    # Whoever comes first owns nothing that others need.
+
+    def _share(self, target: str | int, mask: int = 0o7777) -> None:
+        """Give a path or descriptor the permission bits of data_dir; made by root, also its owner."""
+        info = os.stat(self.root)
+        if (
+            os.name != "nt"
+            and stat.S_IMODE(os.stat(target).st_mode) != stat.S_IMODE(info.st_mode) & mask
+        ):
+            _try(os.chmod, target, stat.S_IMODE(info.st_mode) & mask)
+        self._find_gift(info)
+        self.hand_over(target)
+
+    def _find_gift(self, info: os.stat_result) -> None:
+        root = os.name != "nt" and os.geteuid() == 0
+        self._gift = (
+            (info.st_uid, info.st_gid) if root and (info.st_uid, info.st_gid) != (0, 0) else None
+        )
+
+    def hand_over(self, target: str | int) -> None:
+        """What root makes in somebody else's queue is his: one `sudo` must not stop a service."""
+        if self._gift and sys.platform != "win32":
+            _try(os.chown, target, *self._gift)
+
+    def create(self, path: str) -> int:
+        """Open a new file in creating/; return its descriptor."""
+        try:
+            descriptor = os.open(path, _WRITE_FLAGS, 0o666)
+        except FileNotFoundError:  # somebody removed the directory
+            self.make(os.path.dirname(path))
+            descriptor = os.open(path, _WRITE_FLAGS, 0o666)
+        if self._gift:
+            self.hand_over(descriptor)
+        return descriptor
+
+    def write(self, path: str, chunks: Iterable[bytes], shared: bool = False) -> int:
+        """Write a new file, for good if that was asked for; return its CRC-32."""
+        descriptor = self.create(path)
+        try:
+            crc = 0
+            for chunk in chunks:
+                crc = zlib.crc32(chunk, crc)
+                _write_all(descriptor, chunk)
+            if shared:
+                self._share(descriptor, 0o666)
+            if self.durable:
+                os.fsync(descriptor)
+        except BaseException:
+            _try(os.close, descriptor)
+            raise
+        os.close(descriptor)  # where a network filesystem reports a failed write
+        return crc
+
+    # Changes of state, and how they become durable.
+
+    def move(self, source: str, target: str) -> bool:
+        """Rename a task's file within in_progress/, done/, failed/, corrupt/; False if it is gone."""
+        if not _rename(source, target):
+            if os.path.isdir(os.path.dirname(target)):
+                return False
+            self.make(os.path.dirname(target))  # somebody had removed it
+            if not _rename(source, target):
+                return False
+        self.note(os.path.dirname(source), os.path.dirname(target))
+        return True
+
+    def finish(
+        self, path: str, state: str, id: str, keep: bool = True, reason: str | None = None
+    ) -> bool:
+        """Move a task to done/, failed/ or corrupt/, or delete it; False if it is not there any more."""
+        if not keep:
+            if gone := _unlink(path):
+                self.note(os.path.dirname(path))
+            return gone
+        target = f"{self.path[state]}/{id}"
+        if not self.move(path, target):
+            return False
+        if reason:
+            self._write_reason(target + _REASON, reason)
+        return True
+
+    def _write_reason(self, path: str, reason: str) -> None:
+        """Say why a task failed. No room for that is no obstacle: the task has failed all the same."""
+        try:
+            _try(_unlink, path)
+            descriptor = self.create(path)
+            try:
+                _write_all(descriptor, reason.encode("utf-8", "replace"))
+            finally:
+                os.close(descriptor)
+        except OSError as error:
+            _log("%s: the reason could not be noted: %s", path, error)
+
+    def note(self, *directories: str) -> None:
+        """Have them synced by the next `sync`: after the rename, for another thread's may come at once."""
+        if self.durable:
+            self._touched.update(dict.fromkeys(directories))
+
+    def sync(self, *directories: str) -> None:
+        """Make what was renamed in these, and those noted, survive a power cut: the old side first.
+
+        On btrfs, a file whose new name alone is certain comes back under the old one as well. Threads
+        that finish at the same time share a sync: what one took up is on disk once another has the lock.
+        """
+        if not self.durable:
+            return
+        self.note(*directories)
+        with self._lock:
+            for directory in list(self._touched):
+                self._touched.pop(directory)  # before: what is renamed meanwhile notes it again
+                try:
+                    _sync_directory(directory)
+                except BaseException:
+                    self._touched = {directory: None, **self._touched}
+                    raise
+
+    # Listing. What cannot be read or moved holds up no other task.
+
+    def entries(self, directory: str) -> Iterator[os.DirEntry[str]]:
+        """What is in a directory, in no order; nothing if somebody removed it."""
+        try:
+            yield from _scan(directory)
+        except OSError as error:
+            if not _is_gone(error, directory):
+                raise
+            self.check_there()
+
+    def listing(self, directory: str) -> list[os.DirEntry[str]]:
+        return list(self.entries(directory))
+
+    def subdirectories(self, top: str) -> list[str]:
+        """The paths of the directories in it, in order."""
+        entries = self.entries(top)
+        return sorted(entry.path for entry in entries if entry.is_dir(follow_symlinks=False))
+
+    def names(self, directory: str) -> list[str]:
+        """The names of the regular files in it; none if it is gone, or must be passed over."""
+        if directory not in self.troubles:
+            try:
+                return _twice(self._names, directory)
+            except OSError as error:
+                self.set_aside(directory, error)
         return []
 
+    def _names(self, directory: str) -> list[str]:
+        return [entry.name for entry in self.entries(directory) if entry.is_file(follow_symlinks=False)]
 
-def _raise_unless_permission(errors: list[OSError]) -> None:
-    """Raise the first error but for those about what other users keep to themselves."""
-    others = [error for error in errors if not isinstance(error, PermissionError)]
-    errors.clear()
-    if others:
-        del others[1:]
-        raise others.pop()  # out of the lists, which its traceback is going to hold
+    def set_aside(self, path: str, error: OSError) -> None:
+        """Note what cannot be had, for a minute, and log it once in that time."""
+        error.__context__ = None  # its frames, and those of the traceback, hold the queue
+        self.troubles[path] = error.with_traceback(None)
+        if path not in self._told:
+            self._told.add(path)
+            _log("%s; it is passed over", str(error))
 
+    def raise_trouble(self) -> None:
+        """Raise the first one's error."""
+        if self.troubles:
+            raise self.troubles.pop(next(iter(self.troubles)))  # held by its own traceback only
 
-def _find_claim(directory: str, id: str, attempt: int) -> str | None:
-    """The path of a claim, whatever its deadline is by now."""
-    for name in _names(directory):
-        parsed = _parse(name)
-        if parsed and parsed[:2] == (id, attempt):
-            return f"{directory}/{name}"
-    return None
+    def forget_troubles(self) -> None:
+        self.troubles.clear()
+        self._told.clear()
 
+    def has_finished_twin(self, descriptor: int, id: str) -> bool:
+        """Does a claimed file lie in done/ or failed/ as well?
 
-def _modified(directories: list[str]) -> list[float]:
-    """When each was changed, by the filesystem's clock."""
-    try:
-        return [os.stat(directory).st_mtime for directory in directories]
-    except OSError:
-        return []  # whoever lists it will see
+        Healing a distributed filesystem can leave a renamed file under both names. To rename it onto
+        its other name then succeeds and does nothing: POSIX.
+        """
+        info = os.fstat(descriptor)
+        others = (_lstat(f"{self.path[state]}/{id}") for state in ("done", "failed"))
+        return info.st_nlink > 1 and any(other and os.path.samestat(other, info) for other in others)
 
+    # Those who wait, and those who run.
 
-def _make_directory(path: str) -> list[str]:
-    """Make a directory and what is missing above it; return those that were made."""
-    try:
-        os.mkdir(path)
-    except FileExistsError:
-        if _exists(path) and not os.path.isdir(path):  # a file, or a link that leads nowhere
-            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), path) from None
-        return []  # even if it was removed again at once: whoever needs it will see
-    except FileNotFoundError:
-        parent = os.path.dirname(path)
-        made = [] if os.path.isdir(parent) else _make_directory(parent)
-        os.mkdir(path)
-        return [*made, path]
-    return [path]
+    def is_stopped(self) -> bool:
+        return self._is_stopped
 
+    def begin_to_wait(self, waiting: _Waiting) -> None:
+        self._waiting.add(waiting)
 
-def _remove_directory(path: str) -> None:
-    """Remove it if it is empty and ours to remove; one that stays costs one listing."""
-    _try(os.rmdir, path)
+    def end_waiting(self, waiting: _Waiting) -> None:
+        self._waiting.discard(waiting)
 
+    def wake(self) -> None:
+        """End all waits of this object."""
+        for waiting in list(self._waiting):
+            waiting.wake()
 
-def _write_all(descriptor: int, data: bytes) -> None:
-    written = os.write(descriptor, data)
-    while written < len(data):
-        written += os.write(descriptor, memoryview(data)[written:])
+    def stop(self) -> None:
+        """End all waits and runs of this object, and those that begin later."""
+        self._is_stopped = True
+        self.wake()
 
+    def begin_run(self) -> tuple[int, Any]:
+        """Note that this thread runs a handler; `end_run` ends that."""
+        lock = _thread.allocate_lock()
+        lock.acquire()
+        run = (_thread.get_ident(), lock)
+        self._runs.append(run)
+        return run
 
-def _sync_directories(*directories: str) -> None:
-    """Make what was created in, renamed into or out of these directories survive a power cut."""
-    if os.name == "nt" or sys.platform == "win32":  # the second one is what type checkers know
-        return  # a directory cannot be opened there
-    for directory in directories:
-        try:
-            descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
-        except FileNotFoundError:
-            # A bucket that was emptied and removed meanwhile.
-            _sync_directories(os.path.dirname(directory))
-            continue
-        try:
-            os.fsync(descriptor)
-        except OSError as error:
-            _add_path(error, directory)
-            raise
-        finally:
-            os.close(descriptor)
+    def end_run(self, run: tuple[int, Any]) -> None:
+        self._runs.remove(run)
+        run[1].release()
 
-
-def _sync_files(descriptors: list[int]) -> None:
-    """Sync and close files; begin to write all of them before waiting for the first."""
-    if sys.platform == "linux":
-        for descriptor in descriptors:
-            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
-    while descriptors:
-        os.fsync(descriptors[-1])
-        os.close(descriptors.pop())
-
-
-def _open_regular(path: str, flags: int) -> int:
-    """Open a file that a caller named, and nothing that would block."""
-    descriptor = os.open(path, flags)
-    try:
-        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-            raise ValueError(f"path: {path!r} is not a regular file")
-    except BaseException:
-        _try(os.close, descriptor)
-        raise
-    return descriptor
+    def stop_and_wait(self) -> None:
+        """Stop, and wait until nothing runs any more."""
+        runs = list(self._runs)
+        if any(thread == _thread.get_ident() for thread, _ in runs):
+            raise FemtoQueueError("close() was called by the handler that run() runs; use stop()")
+        self.stop()
+        for _, lock in runs:
+            with lock:
+                pass
 
 
 # --- time ---------------------------------------------------------------------------------------------
+
+
+class _Clock:
+    """What time is it in the queue? Microseconds that never go backwards, shared by all of one boot.
+
+    The clock since boot, asleep or not, plus an offset that the first process of a boot chooses, above
+    all that is queued. Where the boot cannot be told, it is the wall clock, shared by nothing.
+    """
+
+    def __init__(self, place: _Place) -> None:
+        self._place = place
+        self._offset_us: int | None = None  # read, or chosen, at the first stamp
+        self._last_us = 0
+        boot = _identity().boot
+        self.path = f"{place.root}/clock-{boot}" if boot else ""
+
+    def now(self) -> int:
+        """The time. Looking at it writes nothing."""
+        if self._offset_us is None and self.path:
+            self._offset_us = _read_offset(self.path)
+        return self._read()
+
+    def stamp(self) -> int:
+        """A time above all that this object has stamped: should the clock be frozen, order is not."""
+        if self._offset_us is None and self.path:
+            self._offset_us = _read_offset(self.path)
+            if self._offset_us is None:
+                self._offset_us = self._choose_offset()
+        self._last_us = now_us = max(self._read(), self._last_us + 1)
+        return now_us
+
+    def _read(self) -> int:
+        if self._offset_us is None:
+            return max(_wall_us(), self._last_us)
+        return max(_since_boot_us() + self._offset_us, self._last_us)
+
+    def _choose_offset(self) -> int:
+        """Choose it above all that is queued; or take that of another process that is quicker."""
+        place = self._place
+        offset_us = max(_wall_us(), self._newest_us() + 1) - _since_boot_us()
+        draft = place.owner.draft + "%016d" % _wall_us()
+        try:
+            place.write(draft, (f"{offset_us}\n".encode(),), shared=True)
+            try:
+                os.link(draft, self.path)  # whole at once like a rename, but the first one wins
+            except OSError:
+                first_us = _read_offset(self.path)
+                if first_us is not None:
+                    return first_us
+                _rename(draft, self.path)  # over a broken one, or on a filesystem without hard links
+            place.sync(place.root)
+        finally:
+            _try(_unlink, draft)
+        return offset_us
+
+    def _newest_us(self) -> int:
+        """The newest time in pending/ and in_progress/, above which the clock must start."""
+        place, wall_us = self._place, _wall_us()
+        times_us = [0]
+        for bucket in place.subdirectories(place.path["pending"]):
+            start_us = _time_of(os.path.basename(bucket))
+            times_us.append(start_us)
+            # A bucket's tasks are of one period: an older one cannot be ahead of the wall clock.
+            if start_us + _BUCKET_US > wall_us:
+                times_us += [_time_of(_order(name)) for name in place.names(bucket)]
+        for owner in place.subdirectories(place.path["in_progress"]):
+            for name in place.names(owner):
+                times_us.append(_time_of(name))
+                # A deadline set when the wall clock was ahead would come too late. The clock need not
+                # start above that, only above when the lease began, which is the file's change time.
+                if (claim := _parse(name)) and (info := _lstat(f"{owner}/{name}")):
+                    times_us.append(min(info.st_ctime_ns // 1_000, claim[2]))
+        return max(time_us for time_us in times_us if time_us < _CLOCK_END_US)
 
 
 def _wall_us() -> int:
     return int(time.time() * 1_000_000)
 
 
-def _monotonic_us() -> int:
-    return int(time.monotonic() * 1_000_000)
+# Not time.monotonic: it stands still while the machine sleeps, and tools that freeze time patch it.
+_BOOT_CLOCK = getattr(time, "CLOCK_BOOTTIME", getattr(time, "CLOCK_MONOTONIC", None))
 
 
-class _Clock:
-    """The queue clock: the monotonic clock plus an offset, the same in all processes of one boot."""
-
-    def __init__(self, offset_us: int) -> None:
-        self.offset_us = offset_us
-        # Reentrant: a signal handler may push in the midst of a push.
-        self.lock = _thread.RLock()  # threading's, without the cost of importing it
-        self._last_us = 0
-
-    def now(self) -> int:
-        return max(_monotonic_us() + self.offset_us, self._last_us)
-
-    def stamp(self) -> int:
-        """A time above all that this process has stamped: should the clock be frozen, order is not."""
-        with self.lock:
-            now_us = int(time.monotonic() * 1e6) + self.offset_us  # not called: twice for each task
-            if now_us <= self._last_us:
-                now_us = self._last_us + 1
-            self._last_us = now_us
-            return now_us
+def _since_boot_us() -> int:
+    """Since the machine was booted, asleep or not, as far as the system tells."""
+    if _BOOT_CLOCK is None:
+        return int(time.monotonic() * 1_000_000)
+    return int(time.clock_gettime(_BOOT_CLOCK) * 1_000_000)
 
 
-_clocks: weakref.WeakValueDictionary[tuple[str, int], _Clock] = weakref.WeakValueDictionary()
+def _end_us(timeout_s: float | None) -> float:
+    """When a call that waits is over, by the clock since boot."""
+    if timeout_s is None:
+        return float("inf")
+    _check("timeout", timeout_s, "a number of seconds, or None to wait for ever", 0)
+    return _since_boot_us() + timeout_s * 1e6
 
 
 def _read_offset(path: str) -> int | None:
@@ -2035,11 +2274,74 @@ def _read_offset(path: str) -> int | None:
     # The line's end is what a half-written number lacks.
     if not (text.endswith("\n") and _is_digits(text[:-1].removeprefix("-"))):
         return None
-    offset_us = int(text)
-    return offset_us if 0 <= _monotonic_us() + offset_us < _LAST_CLOCK_US else None
+    return int(text) if 0 <= _since_boot_us() + int(text) < _CLOCK_END_US else None
 
 
 # --- owners -------------------------------------------------------------------------------------------
+
+
+class _Owner:
+    """Who claims here? One FemtoQueue object in one process: its name, and the directory of its claims."""
+
+    def __init__(self, place: _Place, node_id: str) -> None:
+        me = _identity()
+        self.node_id = node_id
+        self.process = (me.pid, me.start, me.place)
+        self.name = f"{node_id}~{me.pid}~{me.start}~{me.place}~{_copy}{os.urandom(4).hex()}"
+        self.draft = f"{place.path['creating']}/{self.name}~"
+        self.directory = f"{place.path['in_progress']}/{self.name}"
+        self._root = place.root
+        self._make = place.make
+        self._lock = _thread.RLock()
+        self._is_ready = False  # the directory was made, and if that was asked for, for good
+        self._claimed_us = 0
+        self._is_closed = False
+        _living.add(self.name)
+
+    def claim(self, source: str, path: str) -> bool:
+        """Rename a task into our own directory, made if it has to be; False if the task is gone."""
+        if not self._is_ready or not _rename(source, path):
+            if self._is_ready and os.path.isdir(self.directory):
+                return False
+            with self._lock:  # another thread must not claim before the directory is on disk
+                self._is_ready = False
+                self._make(self.directory)
+                self._is_ready = True
+            if not _rename(source, path):
+                return False
+        self._claimed_us = _since_boot_us()
+        self.check_open()  # close() gives back what it sees, and this may have come after it
+        return True
+
+    def rest(self) -> None:
+        """Remove the empty directory of an idle worker: nobody has to look into it then."""
+        if _since_boot_us() - self._claimed_us > _LINGER_S * 1e6:
+            with self._lock:
+                self._is_ready = False
+                _try(os.rmdir, self.directory)
+
+    def check_open(self) -> None:
+        """Raise FemtoQueueError once this is closed."""
+        if self._is_closed:
+            raise FemtoQueueError("this queue object is closed; make a new one")
+
+    def close(self) -> None:
+        """From now on it is judged dead."""
+        self._is_closed = True
+        self.depart()
+
+    def depart(self) -> None:
+        """Nobody can finish its claims any more, as far as this process knows."""
+        _living.discard(self.name)
+        if self._is_ready:
+            _departures[self._root] = _departures.get(self._root, 0) + 1
+
+
+_copy = os.urandom(4).hex()  # tells this copy of the file from others in one process
+_living: set[str] = set()  # the owners of this copy that are neither closed nor dropped
+# How many of a directory's that had claims are: their tasks come back at the next pop.
+_departures: dict[str, int] = {}
+_me: _Identity | None = None
 
 
 class _Identity:
@@ -2049,26 +2351,59 @@ class _Identity:
         self.pid = os.getpid()
         itself = _read_process("self")
         self.start = itself[2] if itself else "0"
-        boot = _read_text("/proc/sys/kernel/random/boot_id")
-        if boot:
-            # A time namespace has a monotonic clock of its own.
-            self.boot = f"{boot.replace('-', '')[:12]}.{_namespace('time')}"
-            self.place = f"{self.boot}.{_namespace('pid')}"
-        else:
-            # Not Linux. The boot is told by when it was, which only a change of the wall clock alters.
-            up_s = time.monotonic()
-            if sys.platform == "darwin":
-                up_s = time.clock_gettime(time.CLOCK_MONOTONIC)  # the other one stops during sleep
-            self.place = f"{zlib.crc32(_host_name().encode()):08x}"
-            self.boot = f"{self.place}.{int(time.time() - up_s) // 100}"
+        boot = (_read_text("/proc/sys/kernel/random/boot_id") or "").replace("-", "")[:12]
+        # A time namespace has a clock of its own. None where the boot cannot be told.
+        self.boot = f"{boot}.{_namespace('time')}" if boot else None
+        # With a dot in it, it can be compared.
+        self.place = (
+            f"{self.boot}.{_namespace('pid')}" if boot else f"{zlib.crc32(_host_name().encode()):08x}"
+        )
         # Mounted from another PID namespace, /proc shows other processes under our numbers.
         self.sees_processes = _read_link("/proc/self") == str(self.pid)
 
 
+def _identity() -> _Identity:
+    global _me
+    if _me is None or _me.pid != os.getpid():
+        _me = _Identity()
+    return _me
+
+
+def _is_alive(owner: tuple[str, int, str, str, str], node_id: str, is_first_look: bool) -> bool | None:
+    """Is this owner alive? None if that cannot be known from here, and its lease must decide.
+
+    Only proof counts: a process that is there, but whose start time /proc does not tell (hidepid,
+    another user's container), is alive. `node_id` is the judge's: what it claimed elsewhere before it
+    was opened here is free. Whoever claims under this name after that is alive.
+    """
+    node, pid, start, place, token = owner
+    me = _identity()
+    if place != me.place:  # another machine, boot or container
+        known = "." in place and "." in me.place  # /proc told both of us where we are
+        return False if node == node_id and known and is_first_look else None
+    if pid == me.pid and token.startswith(_copy):
+        return "~".join(map(str, owner)) in _living
+    if me.boot is None or (pid == me.pid and start == me.start):
+        return None  # not Linux; or another copy of this file in this process
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except (OSError, OverflowError):
+        pass  # not permitted: it is there
+    try:
+        seen = _read_process(pid) if me.sees_processes else None
+    except OSError:
+        return True  # unknown
+    if seen is None:
+        return True
+    state, threads, started = seen
+    # Else the number was given to another process. A zombie's other threads may still be at work.
+    return started == start and not (state in "ZX" and threads < 2)
+
+
 def _host_name() -> str:
-    if sys.platform == "win32":
-        return os.environ.get("COMPUTERNAME", "")
-    return os.uname().nodename
+    return os.environ.get("COMPUTERNAME", "") if sys.platform == "win32" else os.uname().nodename
 
 
 def _read_text(path: str) -> str | None:
@@ -2102,6 +2437,79 @@ def _read_process(pid: int | str) -> tuple[str, int, str] | None:
     return (fields[0], int(fields[17]), fields[19]) if len(fields) > 19 else None
 
 
+# --- names --------------------------------------------------------------------------------------------
+
+_REASON = "~reason"  # behind the id, in failed/
+
+
+def _format(id: str, used: int, time_us: int | None = None, since_us: int | None = None) -> str:
+    """The file name of a task that was delivered `used` times.
+
+    `time_us`: its place in pending/, its due time in scheduled/, its deadline in in_progress/. There,
+    `since_us` is when it was claimed, once its lease was renewed.
+    """
+    if since_us is not None:
+        return "%s~%d~%016d~%016d" % (id, used, time_us or 0, since_us)
+    if time_us is not None:
+        return "%s~%d~%016d" % (id, used, time_us)
+    return f"{id}~{used}" if used else id
+
+
+def _parse(name: str) -> tuple[str, int, int, int] | None:
+    """Id, deliveries used up, time and since (0 if not given); None if this is no name of a task.
+
+    A name without a time, as shell scripts make them, has the time of its id.
+    """
+    id, *fields = name.split("~")
+    if not _is_id(id) or len(fields) > 3:
+        return None
+    if not fields:
+        return id, 0, int(id[:16]), 0
+    used, *times = fields
+    if not _is_digits(used) or len(used) > 9 or not all(_is_digits(time, 16) for time in times):
+        return None
+    time_us, since_us = (*map(int, times), 0, 0)[:2]
+    return id, int(used), time_us if times else int(id[:16]), since_us
+
+
+def _is_id(text: str) -> bool:
+    """Is this a task's id: one of ours, or what a shell script may call a task?
+
+    16 digits, "_" and more in printable ASCII. What begins like one of ours and goes on otherwise was
+    made of one by an editor or a synchronizer: `<id>.bak`, `<nonce> (conflicted copy).<crc32>`.
+    """
+    if not (text[16:17] == "_" and _is_digits(text[:16]) and 17 < len(text) <= _MAX_ID):
+        return False
+    if not (text.isascii() and text.isprintable()):
+        return False
+    return _is_own(text) or not any(
+        len(part) >= 18 and _HEX.issuperset(part[:18]) for part in text[17:].split("_")[1:]
+    )
+
+
+def _is_own(id: str) -> bool:
+    """Did femtoqueue make this id? Then it ends with the nonce and the checksum of the payload."""
+    return id[-9:-8] == "." and id[-28:-27] == "_" and _HEX.issuperset(id[-27:-9] + id[-8:])
+
+
+def _order(name: str) -> str:
+    """What the name of a waiting task is sorted by: its place, if it has one, or its id."""
+    if name.count("~") < 2:
+        return name
+    return name.rpartition("~")[2] + name[16:]
+
+
+def _old_place(id: str, used: int, clock: _Clock, is_new: bool = False) -> tuple[int, str]:
+    """Place and name of a task that becomes pending: that of its id, or a new one behind all others.
+
+    A place in the future of the queue clock would let all that is pushed from now on pass by.
+    """
+    if not is_new and _time_of(id) <= clock.now():
+        return _time_of(id), _format(id, used)
+    place_us = clock.stamp()
+    return place_us, _format(id, used, place_us)
+
+
 def _parse_owner(name: str) -> tuple[str, int, str, str, str] | None:
     """node_id, PID, start time, place and token; None if this is not the name of an owner."""
     fields = name.split("~")
@@ -2111,98 +2519,273 @@ def _parse_owner(name: str) -> tuple[str, int, str, str, str] | None:
     return node_id, int(pid), start, place, token
 
 
-def _is_alive(owner: str, node_id: str) -> bool | None:
-    """Is this owner alive? None if that cannot be known from here, and its lease must decide.
+def _time_of(name: str) -> int:
+    """The time that the name of a task or a bucket begins with; 0 for other names."""
+    return int(name[:16]) if _is_digits(name[:16], 16) else 0
 
-    node_id is the judge's. Only proof counts: a process that is there, but whose start time /proc does
-    not tell (hidepid, another user's container), is alive.
-    """
-    parsed = _parse_owner(owner)
-    if parsed is None:
+
+def _is_digits(text: str, length: int | None = None) -> bool:
+    return text.isdigit() and text.isascii() and length in (None, len(text))
+
+
+def _is_bucket(entry: os.DirEntry[str]) -> bool:
+    digits, dot, token = entry.name.partition(".")
+    named = _is_digits(digits, 16) and (not dot or (len(token) == 8 and _HEX.issuperset(token)))
+    return named and entry.is_dir(follow_symlinks=False)
+
+
+def _find_claim(
+    directory: str, id: str, attempt: int, names: Iterable[str] | None = None
+) -> str | None:
+    """The path of a claim, whatever its deadline is by now."""
+    try:
+        for name in os.listdir(directory) if names is None else names:
+            parsed = _parse(name)
+            if parsed and parsed[:2] == (id, attempt):
+                return f"{directory}/{name}"
+    except FileNotFoundError:
+        pass
+    return None
+
+
+def _is_original(root: str) -> bool:
+    """Does a task in this directory begin with what the original femtoqueue wrote before each payload?"""
+    directories = [entry for entry in _scan(root) if entry.is_dir(follow_symlinks=False)]
+    for entry in itertools.chain.from_iterable(map(_scan, directories)):
+        if entry.name.lstrip("-")[:1].isdigit() and entry.is_file(follow_symlinks=False):
+            try:
+                with open(entry.path, "rb") as file:
+                    if file.read(8) == b"\x01" + bytes(7):
+                        return True
+            except (PermissionError, FileNotFoundError):
+                continue
+    return False
+
+
+# --- payloads -----------------------------------------------------------------------------------------
+
+
+def _write_all(descriptor: int, data: bytes) -> None:
+    written = os.write(descriptor, data)
+    while written < len(data):
+        written += os.write(descriptor, memoryview(data)[written:])
+
+
+def _chunks(descriptor: int) -> Iterator[bytes]:
+    while chunk := os.read(descriptor, _CHUNK):
+        yield chunk
+
+
+def _crc(descriptor: int) -> int:
+    crc = 0
+    for chunk in _chunks(descriptor):
+        crc = zlib.crc32(chunk, crc)
+    return crc
+
+
+def _read_more(descriptor: int, path: str, data: bytes) -> bytes | None:
+    """`data` and what follows it in the file; None if that is too much to be kept in memory."""
+    info = os.fstat(descriptor)
+    if not stat.S_ISREG(info.st_mode):
+        raise OSError(errno.EINVAL, "not a regular file any more", path)
+    if info.st_size > _CHUNK:
+        os.lseek(descriptor, 0, os.SEEK_SET)  # for who computes the CRC-32
         return None
-    node, pid, start, place, token = parsed
-    me = _identity()
-    if place != me.place:  # another machine, boot or container; a node_id is in one place at a time
-        known = "." in place and "." in me.place  # or /proc did not tell one of us where it is
-        return False if node == node_id and known else None
-    if pid == me.pid and start == me.start:
-        return owner in _owners if token.startswith(_interpreter) else None
-    if os.name == "nt":
-        return None  # os.kill(pid, 0) would end that process
+    return data + b"".join(_chunks(descriptor))
+
+
+def _open_regular(path: str, flags: int) -> int:
+    """Open a file that a caller named, and nothing that would block."""
+    descriptor = os.open(path, flags)
     try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise ValueError(f"path: {path!r} is not a regular file")
+    except BaseException:
+        _try(os.close, descriptor)
+        raise
+    return descriptor
+
+
+# --- the filesystem: the only place that renames, deletes, lists and syncs ----------------------------
+
+
+def _rename(source: str, target: str) -> bool:
+    """Rename; False if there is no `source`, or no directory for `target`."""
+    for left in range(20 if os.name == "nt" else 0, -1, -1):
+        try:
+            os.rename(source, target)
+            return True
+        except PermissionError:
+            if not left:
+                raise
+            time.sleep(0.01)  # on Windows, a virus scanner has it open for a moment
+        except OSError as error:
+            # Over NFS, ESTALE comes when it was done, and when another was quicker.
+            if error.errno == errno.ESTALE and (_holds(target) or _holds(source)):
+                if _holds(source):
+                    raise
+                return True
+            if not _is_gone(error, source):
+                raise
+            break
+    return False
+
+
+def _unlink(path: str) -> bool:
+    try:
+        os.unlink(path)
+    except OSError as error:
+        if not _is_gone(error, path):
+            raise
         return False
-    except (OSError, OverflowError):
-        pass  # not permitted: it is there
+    return True
+
+
+def _is_gone(error: OSError, path: str) -> bool:
+    """Does this error say that somebody else moved `path`? ESTALE, over NFS, may mean just that."""
+    if error.errno == errno.ESTALE:
+        return not _holds(path)
+    return error.errno in (errno.ENOENT, errno.ENOTDIR)
+
+
+def _holds(path: str) -> bool:
+    """Is this name in its directory? Listed, for NFS says for long what a name once was."""
     try:
-        seen = _read_process(pid) if me.sees_processes else None
+        return any(entry.path == path for entry in _scan(os.path.dirname(path)))
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+
+
+def _lstat(path: str) -> os.stat_result | None:
+    try:
+        return os.lstat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+
+
+def _try(call: Callable[..., object], *arguments: object) -> None:
+    """For clean-up that may fail."""
+    try:
+        call(*arguments)
     except OSError:
-        return True  # unknown
-    if seen is None:
-        return True
-    state, threads, started = seen
-    if started != start:
-        return False  # the number was given to another process
-    return not (state in "ZX" and threads < 2)  # a zombie's other threads may still be at work
+        pass
 
 
-_me: _Identity | None = None
-_fork_lock = _thread.RLock()
-_generation = 0  # how many forks away this process is from the one that imported this module
-_forks = 0  # of this process: tasks popped before one are held by the other process as well
-# The objects of all copies of this file in this interpreter, for several libraries may have vendored
-# it. Other interpreters of this process have objects that we know nothing of: hence the tag.
-_interpreter: str = sys.__dict__.setdefault("_femtoqueue_interpreter", os.urandom(2).hex())
-_owners: weakref.WeakValueDictionary[str, object]
-_owners = sys.__dict__.setdefault("_femtoqueue_owners", weakref.WeakValueDictionary())
+def _twice(call: Callable[..., T], *arguments: object) -> T:
+    """Call again upon an OSError: a passing fault must not change the order."""
+    try:
+        return call(*arguments)
+    except OSError:
+        return call(*arguments)
 
 
-def _identity() -> _Identity:
-    global _me
-    if _me is None:
-        _me = _Identity()
-    return _me
+def _scan(directory: str | os.DirEntry[str]) -> Iterator[os.DirEntry[str]]:
+    """The entries of a directory, in no order."""
+    with os.scandir(directory) as entries:
+        yield from entries
 
 
-def _look_soon(root: str) -> None:
-    """An object of this process is gone: its tasks come back at the next pop of any other."""
-    for queue in _objects_on(root):
-        queue._next_look_us = 0
+def _modified(directories: Iterable[str]) -> list[float]:
+    """When each was changed, by the filesystem's clock."""
+    try:
+        return [os.stat(directory).st_mtime for directory in directories]
+    except OSError:
+        return []  # whoever lists it will see
 
 
-def _objects_on(root: str) -> list[FemtoQueue]:
-    """This process's objects on one directory, as far as they are of this copy of the file."""
-    # At once: values() fails when another thread makes an object meanwhile.
-    objects = [reference() for reference in _owners.valuerefs()]
-    return [queue for queue in objects if isinstance(queue, FemtoQueue) and queue._root == root]
+def _make_directories(path: str) -> list[str]:
+    """Make a directory and what is missing above it; return those that were made."""
+    made: list[str] = []
+    try:
+        os.mkdir(path)
+        made.append(path)
+    except FileNotFoundError:
+        made += _make_directories(os.path.dirname(path))
+        made += _make_directories(path)
+    except FileExistsError:
+        if os.path.lexists(path) and not os.path.isdir(path):  # a file, or a link that leads nowhere
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), path) from None
+    return made
 
 
-def _note_fork() -> None:
-    global _forks
-    _forks += 1
+def _sync_directory(directory: str) -> None:
+    """Make what was created in, renamed into or out of it survive a power cut."""
+    if sys.platform == "win32" or os.name == "nt":
+        return  # a directory cannot be opened there
+    try:
+        descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+    except FileNotFoundError:
+        return _sync_directory(os.path.dirname(directory))  # emptied and removed meanwhile
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        _add_path(error, directory)
+        raise
+    finally:
+        os.close(descriptor)
 
 
-def _note_fork_in_child() -> None:
-    """After a fork: the child is another owner, and no lock may stay held by a thread it lacks.
-
-    Each object becomes that owner at its next call, which can raise what goes wrong then.
-    """
-    global _me, _generation, _fork_lock
-    _me = None
-    _generation += 1
-    _note_fork()
-    _fork_lock = _thread.RLock()
-    _owners.clear()
-    for clock in list(_clocks.values()):
-        clock.lock = _thread.RLock()
+def _sync_files(descriptors: list[int]) -> None:
+    """Sync and close files; begin to write all of them before waiting for the first."""
+    if sys.platform == "linux":
+        for descriptor in descriptors:
+            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+    while descriptors:
+        os.fsync(descriptors[-1])
+        os.close(descriptors.pop())
 
 
-if sys.platform != "win32":
-    os.register_at_fork(after_in_parent=_note_fork, after_in_child=_note_fork_in_child)
+def _not_found(path: str) -> FileNotFoundError:
+    return FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), path)
+
+
+def _add_path(error: BaseException, path: str) -> None:
+    """An error about a descriptor lacks it."""
+    if isinstance(error, OSError) and error.filename is None:
+        error.filename = path
+
+
+def _log(message: str, *arguments: object, error: BaseException | None = None) -> None:
+    try:
+        import logging  # costs more to import than this module
+    except OSError:
+        return  # out of descriptors: no reason to stop what goes on
+
+    logging.getLogger("femtoqueue").warning(message, *arguments, exc_info=error)
 
 
 # --- arguments ----------------------------------------------------------------------------------------
+
+
+def _check(
+    name: str, value: object, wanted: str, least: float | None = None, most: float = float("inf")
+) -> None:
+    """Raise TypeError if `value` is not what is `wanted`, ValueError if it is out of range."""
+    kinds: tuple[type, ...] = (int,)  # flags may be 0 and 1
+    if "str" in wanted:
+        kinds = (str,)
+    elif "number" in wanted:
+        kinds = (int, float)
+    if not isinstance(value, kinds) or (isinstance(value, bool) and "True" not in wanted):
+        raise TypeError(f"{name}: expected {wanted}, got {type(value).__name__}")
+    if least is not None and isinstance(value, (int, float)):
+        # No float holds an int above 1e308.
+        if not least <= value <= most or (isinstance(value, int) and value > 1e300):
+            raise ValueError(f"{name}: {value} is not between {least:g} and {most:g} ({wanted})")
+
+
+def _check_state(state: str, states: Sequence[str]) -> None:
+    if state not in states:
+        raise ValueError(f"state: {state!r} is none of {', '.join(states)}")
+
+
+def _check_node_id(node_id: str) -> None:
+    _check("node_id", node_id, "a str")
+    if not (node_id and node_id.isascii() and node_id.isprintable()) or _FORBIDDEN & set(node_id):
+        no = " ".join(sorted(_FORBIDDEN))
+        raise ValueError(f"node_id: {node_id!r} must be printable ASCII, not empty, and without {no}")
+    if len(node_id) > 64:
+        raise ValueError(f"node_id: {node_id!r} is longer than 64 characters; use a shorter name")
 
 
 def _as_bytes(data: object) -> bytes:
@@ -2216,61 +2799,30 @@ def _as_bytes(data: object) -> bytes:
         raise TypeError(f"data: expected a bytes-like object, got {type(data).__name__}") from None
 
 
-def _path(name: str, path: str | os.PathLike[str]) -> str:
+def _as_path(name: str, path: object) -> str:
     text = os.fspath(path) if hasattr(path, "__fspath__") else path
     if not isinstance(text, str):
         raise TypeError(f"{name}: expected str or os.PathLike[str], got {type(text).__name__}")
     return text
 
 
-def _check_node_id(node_id: object) -> None:
-    if not isinstance(node_id, str):
-        raise TypeError(f"node_id: expected str, got {type(node_id).__name__}")
-    if not (node_id and node_id.isprintable()) or _FORBIDDEN & set(node_id):
-        no = " ".join(sorted(_FORBIDDEN))
-        raise ValueError(f"node_id: {node_id!r} must be printable, not empty, and without {no}")
-    if len(node_id.encode()) > 64:
-        raise ValueError(f"node_id: {node_id!r} is longer than 64 bytes; use a shorter name")
-
-
 def _as_due_us(time_us: int | datetime.datetime) -> int:
     import datetime
 
-    if isinstance(time_us, int):
-        due_us = time_us
-    elif isinstance(time_us, datetime.datetime):
+    if isinstance(time_us, datetime.datetime):
         if time_us.utcoffset() is None:
             raise ValueError("time_us: a datetime without a time zone is ambiguous; .astimezone() it")
-        due_us = round(time_us.timestamp() * 1_000_000)
-    else:
+        time_us = round(time_us.timestamp() * 1_000_000)
+    if not isinstance(time_us, int):
         raise TypeError(
             f"time_us: expected int microseconds or an aware datetime, got {type(time_us).__name__}"
         )
-    if not 10**14 <= due_us < _MAX_US:
+    if not 10**14 <= time_us < _MAX_US:
         raise ValueError(
-            f"time_us: {due_us} is not a time in microseconds since the epoch; "
+            f"time_us: {time_us} is not a time in microseconds since the epoch; "
             "int(time.time() * 1_000_000) is the present"
         )
-    return due_us
-
-
-def _check_number(name: str, value: float, least: float, most: float, unit: str) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name}: expected a number of {unit}, got {type(value).__name__}")
-    if not least <= value <= most or (isinstance(value, int) and value > 1e300):  # no float holds it
-        raise ValueError(f"{name}: {value} is not between {least:g} and {most:g} ({unit})")
-
-
-def _check_timeout(timeout: float | None) -> None:
-    if timeout is not None:
-        _check_number("timeout", timeout, 0, float("inf"), "seconds, or None to wait for ever")
-
-
-def _check_int(name: str, value: int, least: int, wanted: str) -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name}: expected an int, got {type(value).__name__}")
-    if value < least:
-        raise ValueError(f"{name}: {value} must be {wanted}")
+    return time_us
 
 
 def _check_has_run(result: object) -> None:
@@ -2281,76 +2833,6 @@ def _check_has_run(result: object) -> None:
             f"handler: returned a {type(result).__name__}, which has not run; "
             "if it is async, hand over lambda task: asyncio.run(handler(task))"
         )
-
-
-def _check_flag(name: str, value: object) -> None:
-    if not isinstance(value, int):
-        raise TypeError(f"{name}: expected True or False, got {value!r}")
-
-
-def _check_state(state: str, states: Sequence[str]) -> None:
-    if state not in states:
-        raise ValueError(f"state: {state!r} is none of {', '.join(states)}")
-
-
-# --- errors -------------------------------------------------------------------------------------------
-
-
-def _not_found(path: str) -> FileNotFoundError:
-    return FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), path)
-
-
-def _add_path(error: BaseException, path: str) -> None:
-    """An error about a descriptor lacks it."""
-    if isinstance(error, OSError) and error.filename is None:
-        error.filename = path
-
-
-def _log(message: str, *arguments: object, error: Exception | None = None) -> None:
-    try:
-        import logging  # costs more to import than this module
-    except OSError:
-        return  # out of descriptors: no reason to stop what goes on
-
-    logging.getLogger("femtoqueue").warning(message, *arguments, exc_info=error)
-
-
-# --- signals ------------------------------------------------------------------------------------------
-
-
-class _StopOnSignals:
-    """Collects signals to end, and raises at the second one. Only the main thread gets any."""
-
-    def __enter__(self) -> list[int]:
-        import signal
-        import threading
-
-        self._signal = signal.signal
-        self._before: dict[int, Any] = {}
-        caught: list[int] = []
-        pid = os.getpid()
-
-        def catch(number: int, frame: types.FrameType | None) -> None:
-            # In a process that the handler forked, it means what it did before.
-            if os.getpid() != pid:
-                signal.signal(number, self._before[number])
-                signal.raise_signal(number)
-                return
-            caught.append(number)
-            if len(caught) > 1:
-                raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(128 + number)
-
-        if threading.current_thread() is threading.main_thread():
-            numbers = [signal.SIGTERM, signal.SIGINT]
-            if sys.platform != "win32" and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup
-                numbers.append(signal.SIGHUP)
-            for number in numbers:
-                self._before[number] = signal.signal(number, catch) or signal.SIG_DFL
-        return caught
-
-    def __exit__(self, *exception: object) -> None:
-        for number, handler in self._before.items():
-            self._signal(number, handler)
 
 
 # --- the command line ---------------------------------------------------------------------------------
@@ -2387,11 +2869,12 @@ def _parser() -> argparse.ArgumentParser:
         parser.set_defaults(call=call)
         return parser.add_argument
 
-    add = command(_command_status, "how many tasks each state holds, and who works on what")
+    add = command(_command_status, "how many tasks each state holds, and who works on what since when")
     add("--json", action="store_true", help="for programs")
     add("--watch", action="store_true", help="again every two seconds, until Ctrl-C")
     add = command(_command_list, "the ids in one state, oldest first")
     add("state", choices=STATES)
+    add("--reasons", action="store_true", help="behind each id, why it failed")
     add = command(_command_push, "add files, or standard input, as tasks; print their ids")
     add("files", nargs="*", metavar="FILE", help="none: standard input")
     add = command(_command_schedule, "add standard input as a task for later; print its id")
@@ -2399,14 +2882,14 @@ def _parser() -> argparse.ArgumentParser:
     add = command(_command_run, "run a command for each task, with the payload as its standard input")
     add("--until-empty", action="store_true", help="stop when nothing is pending or due")
     add("--max-attempts", type=int, metavar="N", help="then the task fails (default: no limit)")
-    add("cmd", metavar="-- CMD", help="exit status 0 is done, others are retried")
+    add("cmd", metavar="-- CMD", help="exit status 0 is done, 100 failed for good, others are retried")
     add("arguments", nargs=argparse.REMAINDER, help="of the command")
-    add = command(_command_requeue, "make failed, corrupt or done tasks pending again")
+    add = command(_command_requeue, "make failed, corrupt, done or scheduled tasks pending now")
     add("ids", nargs="+", metavar="ID")
     add = command(_command_cancel, "drop pending or scheduled tasks")
     add("ids", nargs="+", metavar="ID")
-    add = command(_command_purge, "delete tasks that were finished some time ago")
-    add("state", choices=_FINISHED)
+    add = command(_command_purge, "delete tasks that have been in a state for some time")
+    add("state", choices=[state for state in STATES if state != "in_progress"])
     add("age", help="how long ago: 30s, 10m, 2h, 7d")
     return parser
 
@@ -2416,17 +2899,12 @@ def _complain(message: object) -> int:
     return 1
 
 
-def _open(options: argparse.Namespace, max_attempts: int | None = None) -> FemtoQueue:
-    # Hosts and containers are often named alike, and a node_id must not be in two places at a time.
-    place = _host_name() + _identity().place
-    node_id = f"cli-{zlib.crc32(place.encode()):08x}"
-    return FemtoQueue(options.dir, node_id, max_attempts=max_attempts)
-
-
-def _open_existing(options: argparse.Namespace) -> FemtoQueue:
-    if not os.path.isdir(f"{options.dir}/in_progress"):
+def _open(options: argparse.Namespace, make: bool = False, **more: Any) -> FemtoQueue:
+    if not make and not any(os.path.isdir(f"{options.dir}/{state}") for state in STATES):
         raise FemtoQueueError(f"there is no queue at {options.dir}; push makes one")
-    return _open(options)
+    # Hosts and containers are often named alike, and each must have a node_id of its own.
+    place = _host_name() + _identity().place
+    return FemtoQueue(options.dir, f"cli-{zlib.crc32(place.encode()):08x}", **more)
 
 
 def _seconds(text: str) -> float:
@@ -2443,7 +2921,7 @@ def _seconds(text: str) -> float:
 def _command_status(options: argparse.Namespace) -> int:
     import json
 
-    queue = _open_existing(options)
+    queue = _open(options)
     while True:
         report = _report(queue)
         print(json.dumps(report) if options.json else _as_table(report), flush=True)
@@ -2452,36 +2930,17 @@ def _command_status(options: argparse.Namespace) -> int:
         time.sleep(2)
 
 
-def _report(queue: FemtoQueue) -> dict[str, list[dict[str, object]]]:
-    """What the `status` command shows: each state, and each owner of claims."""
-    states: list[dict[str, object]] = []
-    deadlines_us: dict[str, list[int]] = {}  # by owner
-    for state in STATES:
-        now_us = _wall_us() if state == "scheduled" else queue._clock.now()
-        count = 0
-        oldest_s = None
-        for id, time_us, directory in queue._walk(state):
-            count += 1
-            if oldest_s is None:
-                oldest_s = (now_us - (time_us if state == "scheduled" else _time_of(id))) / 1e6
-            if state == "in_progress":
-                deadlines_us.setdefault(os.path.basename(directory), []).append(time_us)
+def _report(queue: FemtoQueue) -> dict[str, list[dict[str, Any]]]:
+    """What the `status` command shows: each state, and each claim."""
+    states: list[dict[str, Any]] = []
+    for state, count in queue.counts().items():
+        first = None if state in _FINISHED else next(queue.ids(state), None)
+        oldest_s = time.time() - _time_of(first) / 1e6 if first else None
         states.append({"state": state, "count": count, "oldest_s": oldest_s})
-    alive = {True: "yes", False: "no", None: "unknown"}
-    owners: list[dict[str, object]] = [
-        {
-            "node_id": owner.split("~")[0],
-            "pid": int(owner.split("~")[1]),
-            "alive": alive[_is_alive(owner, queue.node_id)],
-            "tasks": len(leases),
-            "lease_left_s": (min(leases) - queue._clock.now()) / 1e6,
-        }
-        for owner, leases in deadlines_us.items()
-    ]
-    return {"states": states, "owners": owners}
+    return {"states": states, "claims": queue.claims()}
 
 
-def _as_table(report: dict[str, list[dict[str, object]]]) -> str:
+def _as_table(report: dict[str, list[dict[str, Any]]]) -> str:
     lines = []
     for rows in report.values():
         if rows:
@@ -2502,14 +2961,16 @@ def _cell(column: str, value: object) -> str:
 
 
 def _command_list(options: argparse.Namespace) -> int:
+    queue = _open(options)
     id = None
-    for id in _open_existing(options).ids(options.state):
-        print(id)
+    for id in queue.ids(options.state):
+        reason = (queue.reason(id) or "").strip().splitlines() if options.reasons else []
+        print(f"{id}  {reason[-1]}" if reason else id)
     return 1 if id is None else 0
 
 
 def _command_push(options: argparse.Namespace) -> int:
-    queue = _open(options)
+    queue = _open(options, make=True)
     for path in options.files:
         if not os.path.exists(path):
             raise FemtoQueueError(
@@ -2517,23 +2978,25 @@ def _command_push(options: argparse.Namespace) -> int:
             )
         print(queue.push_file(path), flush=True)
     if not options.files:
-        print(queue._add(_chunks(0)))
+        print(queue.push_file(sys.stdin.buffer))
     return 0
 
 
 def _command_schedule(options: argparse.Namespace) -> int:
     import datetime
 
+    due: int | datetime.datetime
     if options.when.startswith("+"):
-        due_us = _as_due_us(_wall_us() + int(_seconds(options.when[1:]) * 1_000_000))
+        due = _wall_us() + int(_seconds(options.when[1:]) * 1_000_000)
     else:
         try:
             due = datetime.datetime.fromisoformat(options.when.removesuffix("Z"))
         except ValueError:
             raise ValueError(f"{options.when!r} is no time; write 2030-01-31T08:00 or +10m") from None
         in_utc = options.when.endswith("Z")  # which Python 3.10 does not read
-        due_us = _as_due_us(due.replace(tzinfo=datetime.timezone.utc) if in_utc else due.astimezone())
-    print(_open(options)._add(_chunks(0), due_us))
+        due = due.replace(tzinfo=datetime.timezone.utc) if in_utc else due.astimezone()
+    _as_due_us(due)  # before a queue is made, and standard input is read
+    print(_open(options, make=True).schedule(sys.stdin.buffer.read(), due))
     return 0
 
 
@@ -2544,6 +3007,7 @@ def _command_run(options: argparse.Namespace) -> int:
     if shutil.which(options.cmd) is None:
         # Not worth an attempt of each task.
         raise ValueError(f"there is no command {options.cmd!r}; for a pipeline: sh -c '...'")
+    _reset_signals()
 
     class OneLine(logging.Formatter):
         def formatException(self, ei: object) -> str:
@@ -2552,16 +3016,30 @@ def _command_run(options: argparse.Namespace) -> int:
     console = logging.StreamHandler()
     console.setFormatter(OneLine("femtoqueue: %(message)s"))
     logging.getLogger("femtoqueue").addHandler(console)
+    logging.raiseExceptions = False  # a log that nobody reads any more is no reason to stop
 
     def handle(task: FemtoTask) -> None:
-        if status := _run_command([options.cmd, *options.arguments], task):
+        status = _run_command([options.cmd, *options.arguments], task)
+        if status == 100:  # as for qmail-local
+            queue.fail(task, f"{options.cmd}: exit status 100")
+        elif status:
             raise FemtoQueueError(f"{options.cmd}: exit status {status}")
 
     if not os.path.isdir(options.dir):
         _complain(f"{options.dir}: a new queue")  # or a mistyped one would go unnoticed
-    with _open(options, options.max_attempts) as queue:
+    with _open(options, make=True, max_attempts=options.max_attempts) as queue:
         count = queue.run(handle, until_empty=options.until_empty)
     return 0 if count or not options.until_empty else 1
+
+
+def _reset_signals() -> None:
+    """Undo what a parent left: its mask and what it ignored are inherited, over exec too."""
+    import signal
+
+    if sys.platform != "win32":
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # ignored, it hides each exit status
+        signal.signal(signal.SIGPIPE, signal.SIG_IGN)  # a closed log must not end a worker
+        signal.pthread_sigmask(signal.SIG_SETMASK, ())
 
 
 def _run_command(command: list[str], task: FemtoTask) -> int:
@@ -2569,7 +3047,6 @@ def _run_command(command: list[str], task: FemtoTask) -> int:
     import subprocess
 
     with open(task.path, "rb", buffering=0) as payload:
-        payload.seek(task._payload_start)
         # The claim is renamed when its lease is renewed; the open file has a name that stays.
         path = f"/proc/{os.getpid()}/fd/{payload.fileno()}"
         environment = {
@@ -2594,12 +3071,12 @@ def _run_command(command: list[str], task: FemtoTask) -> int:
 
 
 def _command_requeue(options: argparse.Namespace) -> int:
-    queue = _open_existing(options)
-    return _for_each(options.ids, queue, queue.requeue, "failed, corrupt or done")
+    queue = _open(options)
+    return _for_each(options.ids, queue, queue.requeue, "failed, corrupt, done or scheduled")
 
 
 def _command_cancel(options: argparse.Namespace) -> int:
-    queue = _open_existing(options)
+    queue = _open(options)
     return _for_each(options.ids, queue, queue.cancel, "pending or scheduled")
 
 
@@ -2613,7 +3090,7 @@ def _for_each(ids: list[str], queue: FemtoQueue, call: Callable[[str], bool], wa
 
 
 def _command_purge(options: argparse.Namespace) -> int:
-    count = _open_existing(options).purge(options.state, _seconds(options.age))
+    count = _open(options).purge(options.state, _seconds(options.age))
     print(count)
     return 0 if count else 1
 
