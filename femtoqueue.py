@@ -93,7 +93,7 @@ _MAX_US = 10**16  # times have 16 digits
 _CLOCK_END_US = 7_258_118_400_000_000  # the year 2200: a stray name must not drag the clock along
 _MAX_ATTEMPT = 10**9 - 1  # attempts have 9 digits at most
 _MAX_ID = 199  # bytes: a claim, "~n~deadline~since" behind the id, must fit into NAME_MAX, 255
-_HEX = frozenset("0123456789abcdef")
+_HEX = "0123456789abcdef"
 _FORBIDDEN = set('/~<>:"\\|?*' if os.name == "nt" else "/~")  # in ids and node_ids
 _BUCKET_US = 10**9  # the period for which all producers share a bucket of pending/
 _CLOSE_US = 10**7  # the shortest such period in scheduled/
@@ -138,8 +138,9 @@ class FemtoTask:
     _verdict = ""  # given: the claim was moved
     _finished = False  # and that is on disk, if it was asked for
     _was_taken = False
-    _since_us = 0  # when it was claimed, by the queue clock
-    _ends_us = float("inf")  # when the lease is over, by the clock since boot
+    _since_us = 0  # when it was claimed, and when its lease ends, by the queue clock
+    _deadline_us = _MAX_US
+    _clock: _Clock | None = None
 
     def __init__(self, id: str, data: bytes | None, attempt: int = 1, path: str = "") -> None:
         self.id: str = id
@@ -163,11 +164,12 @@ class FemtoTask:
     @property
     def lost(self) -> bool:
         """True once the lease is over, by the clock: another worker may have the task by now."""
-        return self._was_taken or (not self._verdict and _since_boot_us() > self._ends_us)
+        if self._verdict or self._clock is None:
+            return self._was_taken
+        return self._was_taken or self._clock.now() > self._deadline_us
 
     def __getstate__(self) -> dict[str, object]:
-        # Another process has another queue object, and perhaps another boot.
-        return {name: value for name, value in vars(self).items() if name not in ("queue", "_ends_us")}
+        return {name: value for name, value in vars(self).items() if name not in ("queue", "_clock")}
 
     def __repr__(self) -> str:
         return f"FemtoTask(id={self.id!r}, attempt={self.attempt})"
@@ -328,7 +330,7 @@ class FemtoQueue:
 
         The reason is kept as text beside it, until it is requeued or purged: see `reason`.
         """
-        _check("reason", "" if reason is None else reason, "a str, or None")
+        _check("reason", "" if reason is None else reason, "str, or None")
         self._here().claims.finish(task, "failed", self.keep_failed, reason)
 
     def retry(self, task: FemtoTask, delay_ms: float = 0) -> None:
@@ -534,7 +536,7 @@ class _Producer:
         """Make a whole file a task, for good; if that fails, it is none."""
         bucket = buckets.put(draft, time_us, name)
         if bucket is None:
-            self._check_published(draft)
+            self._check_published(draft, name)
             return
         try:
             self._place.sync()
@@ -543,14 +545,14 @@ class _Producer:
             _try(_rename, f"{bucket}/{name}", draft)
             raise
 
-    def _check_published(self, draft: str) -> None:
-        """A draft of ours that is gone was published: it can go nowhere else.
+    def _check_published(self, draft: str, name: str) -> None:
+        """A draft that is gone was published: it can go nowhere else, but for somebody who deletes it.
 
-        The answer to the rename was lost on a network, and another worker has the task already. Only
-        if creating/ is gone as well, or the file was another's, is there no such proof.
+        The answer to the rename was lost on a network, and another machine has the task, or has even
+        finished it. Where no other machine takes part, a task that is nowhere was deleted.
         """
-        creating = self._place.path["creating"]
-        if os.path.dirname(draft) != creating or not os.path.isdir(creating):
+        id = name.partition("~")[0]
+        if next(self._looking.find(id, STATES), None) is None and not self._looking.has_hosts():
             raise _not_found(draft)
 
     def add_together(self, items: Iterable[bytes]) -> list[str]:
@@ -575,7 +577,7 @@ class _Producer:
             for path, time_us, id in drafts:
                 bucket = self._pending.put(path, time_us, id)
                 if bucket is None:
-                    self._check_published(path)
+                    self._check_published(path, id)
                 else:
                     added.append(f"{bucket}/{id}")
             place.sync()
@@ -699,7 +701,9 @@ class _Buckets:
             target = f"{bucket.path}/{name}"
             try:
                 if _rename(source, target):
-                    self._place.note(os.path.dirname(source), bucket.path)
+                    if not source.startswith(self._place.path["creating"]):
+                        self._place.note(os.path.dirname(source))
+                    self._place.note(bucket.path)
                     return bucket.path
             except BaseException as error:
                 _try(_rename, target, source)  # for what came when that was done
@@ -760,7 +764,7 @@ class _Consumer:
         self._keeper = keeper
         self._pending = pending
         self._listing: _Listing | None = None
-        self._undelivered: dict[str, str] = {}  # claims that could not be put back at once, and where to
+        self._undelivered: dict[str, str] = {}  # claims that may exist though `pop` did not return them
         self._misses = 0  # rises when another worker was quicker, falls with each claim
 
     def look(self) -> FemtoTask | None:
@@ -770,8 +774,7 @@ class _Consumer:
         and if it still cannot be had, its error is raised.
         """
         place, listing = self._place, self._listing
-        now_us = place.clock.stamp()
-        if listing and listing.returns == place.returns and not self._keeper.is_time(now_us):
+        if listing and listing.returns == place.returns and not self._keeper.is_time(place.clock.now()):
             task = self._first_of(listing, {})
             if task is not None:
                 return task  # the usual case
@@ -780,21 +783,21 @@ class _Consumer:
             task = self._look_everywhere()
             if task is not None or not place.troubles:
                 return task
+            self._keeper.hurry()
             if not set_aside_before:
                 place.raise_trouble()
             set_aside_before = False
             place.forget_troubles()
-            self._keeper.hurry()
 
     def _look_everywhere(self) -> FemtoTask | None:
         """Claim the oldest task of a new listing, and of others until one has nothing new."""
         place = self._place
         tried: dict[str, int] = {}
-        if self._keeper.is_time(place.clock.now()):
+        if self._keeper.is_time(place.clock.stamp()):
             self._keeper.bring_back()
         known: Collection[str] = ()
         place.owner.check_open()
-        self._put_back_undelivered()
+        _try(self._put_back_undelivered)
         while True:
             self._listing = None  # should the next one fail, this one is not gone on with
             before = sum(tried.values())
@@ -807,7 +810,7 @@ class _Consumer:
             self._pending.remove_empty(listing.empty)
             if listing.hidden or listing.skipped or sum(tried.values()) > before:
                 known = listing.hidden
-            elif not self._keeper.bring_back():
+            elif not (self._keeper.bring_back() or self._put_back_undelivered()):
                 return None
 
     def _first_of(self, listing: _Listing, tried: dict[str, int]) -> FemtoTask | None:
@@ -856,10 +859,12 @@ class _Consumer:
             place.sync()
             return None
         attempt = min(used + 1, _MAX_ATTEMPT)
-        now_us = place.clock.now()
-        path = f"{place.owner.directory}/{_format(id, attempt, now_us + place.lease_us)}"
+        now_us = place.clock.stamp()  # unlike any other: the name of a claim tells whose it is
+        deadline_us = now_us + place.lease_us
+        path = f"{place.owner.directory}/{_format(id, attempt, deadline_us)}"
         try:
             if not place.owner.claim(source, path):
+                self._undelivered[path] = source  # it may be done, and the answer lost on a network
                 self._note_miss(path, listing)
                 return None
             # Before anybody syncs our own directory: see _Place.sync, the old side first.
@@ -869,14 +874,13 @@ class _Consumer:
             task = self._read(path, id, attempt)
             if task is not None:
                 task._bucket = directory
-                task._since_us = now_us
-                task._ends_us = _since_boot_us() + place.lease_us
+                task._clock, task._since_us, task._deadline_us = place.clock, now_us, deadline_us
                 if place.clock.now() - now_us > place.lease_us // 2 and not self._renew(task):
                     task = None
         except BaseException as error:
             self._listing = None
             self._undelivered[path] = source
-            self._put_back_undelivered()
+            _try(self._put_back_undelivered)
             # We were stopped for longer than the lease. Or, on Windows, another is just taking it.
             taken = (FileNotFoundError, PermissionError) if os.name == "nt" else FileNotFoundError
             if isinstance(error, taken) and not os.path.lexists(path):
@@ -890,14 +894,15 @@ class _Consumer:
         """Is a claim still ours that took half a lease? The machine may have slept, or the file be huge."""
         return _rename_claim(self._place, task, task.path) is not None
 
-    def _put_back_undelivered(self) -> None:
-        """Put back what was claimed and not returned by `pop`. What is gone, the lease brings back."""
-        for path, source in list(self._undelivered.items()):
-            try:
-                _rename(path, source)
-                self._undelivered.pop(path, None)
-            except OSError:
-                pass  # at the next look
+    def _put_back_undelivered(self) -> bool:
+        """Put back what was claimed after all: the claim's answer was lost, or it could not be read."""
+        done = 0
+        if self._undelivered:
+            there = {entry.path for entry in self._place.entries(self._place.owner.directory)}
+            for path, source in list(self._undelivered.items()):
+                done += path in there and _rename(path, source)
+                self._undelivered.pop(path, None)  # only now: after an error, at the next look
+        return done > 0
 
     def _note_miss(self, path: str, listing: _Listing) -> None:
         """Another worker was quicker: skip names if that is likely to happen again.
@@ -942,7 +947,7 @@ class _Consumer:
             top = self._place.path[state]
             soon = "%016d~" % (self._place.clock.now() if state == "pending" else _wall_us() + _LOOK_US)
             yield top
-            for directory in self._place.subdirectories(top):
+            for directory in self._place.inner(state):
                 if directory[len(top) + 1 :] < soon:
                     yield directory
 
@@ -1023,7 +1028,11 @@ class _Listing:
 
     def _take_up(self, names: Iterable[str], directory: str) -> None:
         """Add the tasks of a directory to those in hand."""
-        tasks = [(_order(name), name, directory) for name in names if name[16:17] == "_"]
+        tasks = [
+            (name if name.count("~") < 2 else _order(name), name, directory)
+            for name in names
+            if name[16:17] == "_"
+        ]
         late = [name for order, name, _ in tasks if order > self._end and name not in self._known]
         if late:
             self.hidden.update(late)
@@ -1089,7 +1098,7 @@ class _Claims:
         self._check(task)
         if task._verdict != verdict:
             if task._verdict:
-                raise NotInProgress(f"{task.id} was finished already: {task._verdict}")
+                raise NotInProgress(f"{task.id} was finished already")
             # The old side first: on btrfs, a file whose new name alone is certain comes back under the
             # old one as well. That is where it was claimed from, too: nobody synced the claim.
             self._place.note(task._bucket or os.path.dirname(task.path))
@@ -1103,7 +1112,7 @@ class _Claims:
         if not isinstance(task, FemtoTask):
             raise TypeError(f"task: expected what pop() returned, got {type(task).__name__}")
         if task._finished:
-            raise NotInProgress(f"{task.id} was finished already: {task._verdict}")
+            raise NotInProgress(f"{task.id} was finished already")
         if not task.path.startswith(self._place.path["in_progress"] + "/"):
             # The directory is mounted elsewhere there, or the task is not ours.
             if path := self._locate(task):
@@ -1164,7 +1173,7 @@ def _rename_claim(place: _Place, task: FemtoTask, path: str) -> str | None:
     if not _rename(path, target):
         return None
     task.path = target
-    task._ends_us = _since_boot_us() + place.lease_us
+    task._deadline_us = now_us + place.lease_us
     return target
 
 
@@ -1253,7 +1262,7 @@ class _Keeper:
         has_company = has_hosts = False
         for entry in place.entries(place.path["in_progress"]):
             owner = _parse_owner(entry.name)
-            if owner is None or not entry.is_dir(follow_symlinks=False):
+            if owner is None or not _is_owner(entry):
                 continue
             has_company |= owner[1:4] != place.owner.process
             has_hosts |= owner[3] != place.owner.process[2]
@@ -1266,7 +1275,7 @@ class _Keeper:
                 id, used, deadline_us, _ = claim
                 if alive is False or deadline_us < now_us:
                     found.append((int(id[:16]), id, used, path, False))
-                elif alive is None and owner[0] == place.owner.node_id:
+                elif owner[0] == place.owner.node_id and owner[3] != place.owner.process[2]:
                     self._warn_of_name(entry.name)
             if not names:
                 if entry.path == place.owner.directory:
@@ -1291,12 +1300,13 @@ class _Keeper:
                 found.sort()
                 if found[_BATCH][0] <= start_us:
                     break  # all that is in there is later
+            names: Collection[str]
             if _is_bucket(entry):
                 directory, names = entry.path, place.names(entry.path)
                 if not names:
                     self._scheduled.remove_empty([directory])
             else:
-                directory, names = top, [entry.name] if entry.is_file(follow_symlinks=False) else []
+                directory, names = top, {entry.name} if entry.is_file(follow_symlinks=False) else set()
             for name in names:
                 path = f"{directory}/{name}"
                 if (parsed := _parse(name)) is None or path in place.troubles:
@@ -1316,12 +1326,11 @@ class _Keeper:
 
         Else it would be passed by without end while newer tasks flow.
         """
-        place = self._place
         for path in paths:
-            directory, name = os.path.split(path)
-            inside = [(f"{path}/{name}", name) for name in place.names(path)] if "_" not in name else []
-            for source, name in inside or [(path, name)]:
-                if (parsed := _parse(name)) and source not in place.troubles:
+            names = self._place.names(path) if os.path.isdir(path) else ()
+            for source in [f"{path}/{name}" for name in names] or [path]:
+                parsed = _parse(os.path.basename(source))
+                if parsed and source not in self._place.troubles:
                     self._move([(parsed[2], parsed[0], parsed[1], source, True)])
 
     def requeue(self, id: str) -> bool:
@@ -1573,7 +1582,7 @@ class _Looking:
         where it is seen again rather than missed.
         """
         top = self._place.path[state]
-        inner = () if state in _FINISHED else self._place.subdirectories(top)
+        inner = () if state in _FINISHED else self._place.inner(state)
         for directory in (top, *inner):
             if state == "in_progress" and directory == top:
                 continue  # a claim lies in its owner's directory
@@ -1604,7 +1613,7 @@ class _Looking:
         total, counted = 0, {}
         for directory in (
             self._place.path["pending"],
-            *self._place.subdirectories(self._place.path["pending"]),
+            *self._place.inner("pending"),
         ):
             info = _lstat(directory)
             changed_ns = info.st_mtime_ns if info else 0
@@ -1626,7 +1635,7 @@ class _Looking:
 
         An id may come from outside. Only one that is a task's name by our grammar becomes a path.
         """
-        _check("id", id, "a str")
+        _check("id", id, "str")
         if _FORBIDDEN & set(id) or _parse(id) is None:
             return
         yield from self._find_quickly(id, states)
@@ -1656,7 +1665,7 @@ class _Looking:
                 if state == "scheduled":
                     name = _format(id, 0, _time_of(id))
                 # A bucket holds nothing older than its name says.
-                inner = [path for path in self._place.subdirectories(top) if path <= f"{top}/{id}"]
+                inner = [path for path in self._place.inner(state) if path <= f"{top}/{id}"]
                 paths = [f"{directory}/{name}" for directory in (top, *inner)]
             for path in paths:
                 if (info := _lstat(path)) and stat.S_ISREG(info.st_mode):
@@ -1666,7 +1675,7 @@ class _Looking:
         for state in states:
             yield self._place.path[state]
             if state not in _FINISHED:
-                yield from self._place.subdirectories(self._place.path[state])
+                yield from self._place.inner(state)
 
     def claims(self) -> list[dict[str, Any]]:
         """Who works on what."""
@@ -1700,6 +1709,11 @@ class _Looking:
             except FileNotFoundError:
                 pass
         return None
+
+    def has_hosts(self) -> bool:
+        """Do other machines or containers take part?"""
+        owners = (_parse_owner(os.path.basename(path)) for path in self._place.inner("in_progress"))
+        return any(owner and owner[3] != self._place.owner.process[2] for owner in owners)
 
     def cancel(self, id: str) -> bool:
         """Delete a waiting task."""
@@ -1766,20 +1780,23 @@ class _Waiting:
         self._lock = _thread.RLock()  # a signal handler may wake what it interrupts
         self._rung = False
         self._inotify = self._bell = -1
+        self._libc: Any = None
+        self._poll: Any = None
         self._times: dict[str, list[float]] = {}
-        try:
-            import ctypes
-            import select
+        if sys.platform == "linux":
+            try:
+                import ctypes
+                import select
 
-            self._libc = ctypes.CDLL(None, use_errno=True)
-            self._inotify = self._libc.inotify_init1(os.O_NONBLOCK | os.O_CLOEXEC)
-            if self._inotify >= 0:
-                self._bell = os.eventfd(0)  # by which another thread ends a wait
-                self._poll = select.poll()
-                self._poll.register(self._inotify, select.POLLIN)
-                self._poll.register(self._bell, select.POLLIN)
-        except (ImportError, OSError, AttributeError, TypeError):
-            self.close()
+                self._libc = ctypes.CDLL(None)
+                self._inotify = self._libc.inotify_init1(os.O_NONBLOCK | os.O_CLOEXEC)
+                if self._inotify >= 0:
+                    self._bell = os.eventfd(0)  # by which another thread ends a wait
+                    self._poll = select.poll()
+                    self._poll.register(self._inotify, select.POLLIN)
+                    self._poll.register(self._bell, select.POLLIN)
+            except (ImportError, OSError, AttributeError):
+                self.close()
 
     def watch(self, directories: Iterable[str], departures: bool = False) -> None:
         """Begin, or go on, to watch these for what comes, and for what goes if `departures`."""
@@ -1828,16 +1845,24 @@ class _Waiting:
         """End a wait. For any thread, and for signal handlers."""
         with self._lock:
             self._rung = True
-            if self._bell >= 0:
+            if sys.platform == "linux" and self._bell >= 0:
                 os.eventfd_write(self._bell, 1)
 
     def close(self) -> None:
-        """Close the descriptors. Under the lock: another thread must not write to who gets the number."""
+        """Close the descriptors, under the lock: another thread must not write to a number's next owner.
+
+        To close an inotify descriptor takes 8 ms: the kernel waits until nobody reads its watches any
+        more (synchronize_srcu). A thread does that, and ends: who waited for a task has it at once.
+        """
         with self._lock:
-            descriptors, self._inotify, self._bell = (self._inotify, self._bell), -1, -1
-            for descriptor in descriptors:
-                if descriptor >= 0:
-                    _try(os.close, descriptor)
+            inotify, bell, self._inotify, self._bell = self._inotify, self._bell, -1, -1
+        if bell >= 0:
+            os.close(bell)
+        if inotify >= 0:
+            try:
+                _thread.start_new_thread(_try, (os.close, inotify))
+            except RuntimeError:  # no more threads are to be had
+                _try(os.close, inotify)
 
 
 # --- the directory ------------------------------------------------------------------------------------
@@ -1886,7 +1911,7 @@ class _Place:
                 )
             for path in (self.root, *self.path.values()):
                 self.note(*map(os.path.dirname, _make_directories(path)))
-                self._share(path)
+                _try(self._share, path)
             self._write_layout()
         elif layout > _LAYOUT:
             raise FemtoQueueError(
@@ -1935,7 +1960,7 @@ class _Place:
         """Make a directory inside data_dir, for good, and what somebody removed above it."""
         self.check_there()
         for made in _make_directories(path):
-            self._share(made)
+            _try(self._share, made)  # unless somebody removed it meanwhile
             self.note(os.path.dirname(made))
         self.sync(os.path.dirname(path))  # even if it was there: whoever made it need not be durable
 
@@ -1953,7 +1978,7 @@ class _Place:
         self.hand_over(target)
 
     def _find_gift(self, info: os.stat_result) -> None:
-        root = os.name != "nt" and os.geteuid() == 0
+        root = sys.platform != "win32" and os.name != "nt" and os.geteuid() == 0
         self._gift = (
             (info.st_uid, info.st_gid) if root and (info.st_uid, info.st_gid) != (0, 0) else None
         )
@@ -2069,22 +2094,25 @@ class _Place:
     def listing(self, directory: str) -> list[os.DirEntry[str]]:
         return list(self.entries(directory))
 
-    def subdirectories(self, top: str) -> list[str]:
-        """The paths of the directories in it, in order."""
-        entries = self.entries(top)
-        return sorted(entry.path for entry in entries if entry.is_dir(follow_symlinks=False))
+    def inner(self, state: str) -> list[str]:
+        """The paths of the buckets, or owners' directories, of a state, in order."""
+        is_inner = _is_owner if state == "in_progress" else _is_bucket
+        return sorted(entry.path for entry in self.entries(self.path[state]) if is_inner(entry))
 
-    def names(self, directory: str) -> list[str]:
-        """The names of the regular files in it; none if it is gone, or must be passed over."""
+    def names(self, directory: str) -> Collection[str]:
+        """The names of the regular files in it; none if it is gone, or must be passed over.
+
+        A set: some filesystems list a name twice.
+        """
         if directory not in self.troubles:
             try:
                 return _twice(self._names, directory)
             except OSError as error:
                 self.set_aside(directory, error)
-        return []
+        return ()
 
-    def _names(self, directory: str) -> list[str]:
-        return [entry.name for entry in self.entries(directory) if entry.is_file(follow_symlinks=False)]
+    def _names(self, directory: str) -> set[str]:
+        return {entry.name for entry in self.entries(directory) if entry.is_file(follow_symlinks=False)}
 
     def set_aside(self, path: str, error: OSError) -> None:
         """Note what cannot be had, for a minute, and log it once in that time."""
@@ -2170,29 +2198,32 @@ class _Clock:
     def __init__(self, place: _Place) -> None:
         self._place = place
         self._offset_us: int | None = None  # read, or chosen, at the first stamp
-        self._last_us = 0
+        self._last_us = _last_us.setdefault(place.root, [0])  # stamped in this process
+        self._lock = _thread.RLock()  # reentrant: a signal handler may push in the midst of a push
         boot = _identity().boot
         self.path = f"{place.root}/clock-{boot}" if boot else ""
 
     def now(self) -> int:
         """The time. Looking at it writes nothing."""
-        if self._offset_us is None and self.path:
-            self._offset_us = _read_offset(self.path)
-        return self._read()
+        if self._offset_us is None:
+            if self.path:
+                self._offset_us = _read_offset(self.path)
+            if self._offset_us is None:
+                return max(_wall_us(), self._last_us[0])
+        return max(_since_boot_us() + self._offset_us, self._last_us[0])
 
     def stamp(self) -> int:
-        """A time above all that this object has stamped: should the clock be frozen, order is not."""
+        """A time above all that this process has stamped: should the clock be frozen, order is not."""
         if self._offset_us is None and self.path:
             self._offset_us = _read_offset(self.path)
             if self._offset_us is None:
                 self._offset_us = self._choose_offset()
-        self._last_us = now_us = max(self._read(), self._last_us + 1)
+        with self._lock:
+            now_us = self.now()
+            if now_us <= self._last_us[0]:
+                now_us = self._last_us[0] + 1
+            self._last_us[0] = now_us
         return now_us
-
-    def _read(self) -> int:
-        if self._offset_us is None:
-            return max(_wall_us(), self._last_us)
-        return max(_since_boot_us() + self._offset_us, self._last_us)
 
     def _choose_offset(self) -> int:
         """Choose it above all that is queued; or take that of another process that is quicker."""
@@ -2217,13 +2248,13 @@ class _Clock:
         """The newest time in pending/ and in_progress/, above which the clock must start."""
         place, wall_us = self._place, _wall_us()
         times_us = [0]
-        for bucket in place.subdirectories(place.path["pending"]):
+        for bucket in place.inner("pending"):
             start_us = _time_of(os.path.basename(bucket))
             times_us.append(start_us)
             # A bucket's tasks are of one period: an older one cannot be ahead of the wall clock.
             if start_us + _BUCKET_US > wall_us:
                 times_us += [_time_of(_order(name)) for name in place.names(bucket)]
-        for owner in place.subdirectories(place.path["in_progress"]):
+        for owner in place.inner("in_progress"):
             for name in place.names(owner):
                 times_us.append(_time_of(name))
                 # A deadline set when the wall clock was ahead would come too late. The clock need not
@@ -2233,19 +2264,26 @@ class _Clock:
         return max(time_us for time_us in times_us if time_us < _CLOCK_END_US)
 
 
+_last_us: dict[str, list[int]] = {}  # by directory, in a list that all of its objects share
+
+
 def _wall_us() -> int:
     return int(time.time() * 1_000_000)
 
 
 # Not time.monotonic: it stands still while the machine sleeps, and tools that freeze time patch it.
-_BOOT_CLOCK = getattr(time, "CLOCK_BOOTTIME", getattr(time, "CLOCK_MONOTONIC", None))
+_BOOT_CLOCK = getattr(time, "CLOCK_BOOTTIME", getattr(time, "CLOCK_MONOTONIC", 0))
 
+if sys.platform == "win32" or not _BOOT_CLOCK:
 
-def _since_boot_us() -> int:
-    """Since the machine was booted, asleep or not, as far as the system tells."""
-    if _BOOT_CLOCK is None:
+    def _since_boot_us() -> int:
         return int(time.monotonic() * 1_000_000)
-    return int(time.clock_gettime(_BOOT_CLOCK) * 1_000_000)
+
+else:
+
+    def _since_boot_us() -> int:
+        """Since the machine was booted, asleep or not, as far as the system tells."""
+        return int(time.clock_gettime(_BOOT_CLOCK) * 1_000_000)
 
 
 def _end_us(timeout_s: float | None) -> float:
@@ -2294,7 +2332,8 @@ class _Owner:
         self._make = place.make
         self._lock = _thread.RLock()
         self._is_ready = False  # the directory was made, and if that was asked for, for good
-        self._claimed_us = 0
+        self._claims = 0  # how many were made, and how many when this was last asked
+        self._claims_before = 0
         self._is_closed = False
         _living.add(self.name)
 
@@ -2309,16 +2348,18 @@ class _Owner:
                 self._is_ready = True
             if not _rename(source, path):
                 return False
-        self._claimed_us = _since_boot_us()
+        self._claims += 1
         self.check_open()  # close() gives back what it sees, and this may have come after it
         return True
 
     def rest(self) -> None:
-        """Remove the empty directory of an idle worker: nobody has to look into it then."""
-        if _since_boot_us() - self._claimed_us > _LINGER_S * 1e6:
+        """Remove the empty directory of a worker that was idle since the last call: nobody has to look
+        into it then."""
+        if self._claims == self._claims_before:
             with self._lock:
                 self._is_ready = False
                 _try(os.rmdir, self.directory)
+        self._claims_before = self._claims
 
     def check_open(self) -> None:
         """Raise FemtoQueueError once this is closed."""
@@ -2403,7 +2444,9 @@ def _is_alive(owner: tuple[str, int, str, str, str], node_id: str, is_first_look
 
 
 def _host_name() -> str:
-    return os.environ.get("COMPUTERNAME", "") if sys.platform == "win32" else os.uname().nodename
+    if sys.platform == "win32":
+        return os.environ.get("COMPUTERNAME", "")
+    return os.uname().nodename
 
 
 def _read_text(path: str) -> str | None:
@@ -2460,16 +2503,17 @@ def _parse(name: str) -> tuple[str, int, int, int] | None:
 
     A name without a time, as shell scripts make them, has the time of its id.
     """
-    id, *fields = name.split("~")
-    if not _is_id(id) or len(fields) > 3:
+    id, tilde, rest = name.partition("~")
+    if not _is_id(id):
         return None
-    if not fields:
+    if not tilde:
         return id, 0, int(id[:16]), 0
-    used, *times = fields
-    if not _is_digits(used) or len(used) > 9 or not all(_is_digits(time, 16) for time in times):
+    used, *times = rest.split("~")
+    if not _is_digits(used) or len(used) > 9 or len(times) > 2:
         return None
-    time_us, since_us = (*map(int, times), 0, 0)[:2]
-    return id, int(used), time_us if times else int(id[:16]), since_us
+    if not all(_is_digits(time_text, 16) for time_text in times):
+        return None
+    return id, int(used), int(times[0] if times else id[:16]), int(times[1]) if len(times) > 1 else 0
 
 
 def _is_id(text: str) -> bool:
@@ -2478,25 +2522,25 @@ def _is_id(text: str) -> bool:
     16 digits, "_" and more in printable ASCII. What begins like one of ours and goes on otherwise was
     made of one by an editor or a synchronizer: `<id>.bak`, `<nonce> (conflicted copy).<crc32>`.
     """
-    if not (text[16:17] == "_" and _is_digits(text[:16]) and 17 < len(text) <= _MAX_ID):
+    if text[16:17] != "_" or not (text[:16].isdigit() and text.isascii() and text.isprintable()):
         return False
-    if not (text.isascii() and text.isprintable()):
+    if not 17 < len(text) <= _MAX_ID:
         return False
-    return _is_own(text) or not any(
-        len(part) >= 18 and _HEX.issuperset(part[:18]) for part in text[17:].split("_")[1:]
-    )
+    return _is_own(text) or not any(_is_hex(part[:18], 18) for part in text[17:].split("_")[1:])
 
 
 def _is_own(id: str) -> bool:
     """Did femtoqueue make this id? Then it ends with the nonce and the checksum of the payload."""
-    return id[-9:-8] == "." and id[-28:-27] == "_" and _HEX.issuperset(id[-27:-9] + id[-8:])
+    return id[-28:-27] == "_" and id[-9:-8] == "." and not (id[-27:-9] + id[-8:]).strip(_HEX)
+
+
+def _is_hex(text: str, length: int) -> bool:
+    return len(text) == length and not text.strip(_HEX)
 
 
 def _order(name: str) -> str:
-    """What the name of a waiting task is sorted by: its place, if it has one, or its id."""
-    if name.count("~") < 2:
-        return name
-    return name.rpartition("~")[2] + name[16:]
+    """What the name of a waiting task is sorted by: its id's time and more, or its place instead."""
+    return name.rpartition("~")[2] + name[16:] if name.count("~") > 1 else name
 
 
 def _old_place(id: str, used: int, clock: _Clock, is_new: bool = False) -> tuple[int, str]:
@@ -2530,8 +2574,12 @@ def _is_digits(text: str, length: int | None = None) -> bool:
 
 def _is_bucket(entry: os.DirEntry[str]) -> bool:
     digits, dot, token = entry.name.partition(".")
-    named = _is_digits(digits, 16) and (not dot or (len(token) == 8 and _HEX.issuperset(token)))
+    named = _is_digits(digits, 16) and (not dot or _is_hex(token, 8))
     return named and entry.is_dir(follow_symlinks=False)
+
+
+def _is_owner(entry: os.DirEntry[str]) -> bool:
+    return _parse_owner(entry.name) is not None and entry.is_dir(follow_symlinks=False)
 
 
 def _find_claim(
@@ -2714,8 +2762,9 @@ def _sync_directory(directory: str) -> None:
         return  # a directory cannot be opened there
     try:
         descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
-    except FileNotFoundError:
-        return _sync_directory(os.path.dirname(directory))  # emptied and removed meanwhile
+    except FileNotFoundError:  # emptied and removed meanwhile
+        _sync_directory(os.path.dirname(directory))
+        return
     try:
         os.fsync(descriptor)
     except OSError as error:
@@ -2780,7 +2829,7 @@ def _check_state(state: str, states: Sequence[str]) -> None:
 
 
 def _check_node_id(node_id: str) -> None:
-    _check("node_id", node_id, "a str")
+    _check("node_id", node_id, "str")
     if not (node_id and node_id.isascii() and node_id.isprintable()) or _FORBIDDEN & set(node_id):
         no = " ".join(sorted(_FORBIDDEN))
         raise ValueError(f"node_id: {node_id!r} must be printable ASCII, not empty, and without {no}")
@@ -2907,6 +2956,12 @@ def _open(options: argparse.Namespace, make: bool = False, **more: Any) -> Femto
     return FemtoQueue(options.dir, f"cli-{zlib.crc32(place.encode()):08x}", **more)
 
 
+def _input() -> BinaryIO:
+    if sys.stdin is None:  # `<&-`
+        raise FemtoQueueError("standard input is closed")
+    return sys.stdin.buffer
+
+
 def _seconds(text: str) -> float:
     """Seconds in "30s", "10m", "2h" or "7d"."""
     unit = {"s": 1, "m": 60, "h": 3600, "d": 86400}.get(text[-1:])
@@ -2978,7 +3033,7 @@ def _command_push(options: argparse.Namespace) -> int:
             )
         print(queue.push_file(path), flush=True)
     if not options.files:
-        print(queue.push_file(sys.stdin.buffer))
+        print(queue.push_file(_input()))
     return 0
 
 
@@ -2996,7 +3051,7 @@ def _command_schedule(options: argparse.Namespace) -> int:
         in_utc = options.when.endswith("Z")  # which Python 3.10 does not read
         due = due.replace(tzinfo=datetime.timezone.utc) if in_utc else due.astimezone()
     _as_due_us(due)  # before a queue is made, and standard input is read
-    print(_open(options, make=True).schedule(sys.stdin.buffer.read(), due))
+    print(_open(options, make=True).schedule(_input().read(), due))
     return 0
 
 
