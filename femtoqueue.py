@@ -158,7 +158,9 @@ class FemtoTask:
                 with open(self.path, "rb") as file:
                     return file.read()
             except FileNotFoundError:  # its lease was renewed, and so its name
-                self.path = _find_claim(os.path.dirname(self.path), self.id, self.attempt) or self.path
+                top = os.path.dirname(self.path)
+                names = os.listdir(top) if os.path.isdir(top) else ()
+                self.path = _find_claim(top, self.id, self.attempt, names) or self.path
         raise _not_found(self.path)
 
     @property
@@ -396,7 +398,8 @@ class FemtoQueue:
     def counts(self, *states: str) -> dict[str, int]:
         """How many tasks each state holds, or each of the given `states`, as far as this user may read.
 
-        Not one moment's picture: a task that moves meanwhile is counted twice, or not at all.
+        Not one moment's picture: a task that moves meanwhile is counted twice, or not at all; so is one
+        on a distributed filesystem that lists a name twice.
         """
         looking = self._here().looking
         for state in states:
@@ -728,11 +731,18 @@ class _Buckets:
             shared = bucket is None and self._now() < start_us + width_us
             name = "%016d" % start_us if shared else "%016d.%s" % (time_us, os.urandom(4).hex())
             bucket = _Bucket(f"{self._top}/{name}", start_us if shared else time_us, not shared)
-            # First of all, or a power cut would take the directory away with what was renamed into it.
-            self._place.make(bucket.path)
             if len(self._in_hand) > 30:
                 self._in_hand.clear()
+            try:
+                # First of all, or a power cut would take the directory away with what is in it.
+                self._place.make(bucket.path)
+            except (PermissionError, NotADirectoryError):
+                if not shared:
+                    raise
+                bucket.left = 0  # the shared one cannot be had: on to one of our own
             self._in_hand[start_us, width_us] = bucket
+            if bucket.left == 0:
+                return self._bucket_for(time_us)
         bucket.left -= 1
         return bucket
 
@@ -796,14 +806,14 @@ class _Consumer:
         if self._keeper.is_time(place.clock.stamp()):
             self._keeper.bring_back()
         known: Collection[str] = ()
+        if self._listing and self._listing.ahead:
+            self._keeper.settle(self._listing.ahead)
         place.owner.check_open()
         _try(self._put_back_undelivered)
         while True:
             self._listing = None  # should the next one fail, this one is not gone on with
             before = sum(tried.values())
             listing = _Listing(place, place.clock.stamp(), known)
-            if listing.ahead:
-                self._keeper.settle(listing.ahead)
             if task := self._first_of(listing, tried):
                 self._listing = listing  # only now: other threads must not empty it before
                 return task
@@ -1009,8 +1019,8 @@ class _Listing:
         # Both in descending order, so that the next one is the last.
         self._buckets = sorted((entry.path for entry in entries if _is_bucket(entry)), reverse=True)
         self._hand: list[tuple[str, str, str]] = []  # place and more, name, directory
-        far = "~" if horizon_us is None else "%016d" % (horizon_us + _AHEAD_US)
-        self.ahead = [e.path for e in entries if e.name > far and (_is_bucket(e) or _parse(e.name))]
+        self._far = "~" if horizon_us is None else "%016d" % (horizon_us + _AHEAD_US)
+        self.ahead = [bucket for bucket in self._buckets if os.path.basename(bucket) > self._far]
         self._take_up([entry.name for entry in entries if entry.is_file(follow_symlinks=False)], top)
 
     def next(self) -> tuple[str, str] | None:
@@ -1036,6 +1046,7 @@ class _Listing:
         late = [name for order, name, _ in tasks if order > self._end and name not in self._known]
         if late:
             self.hidden.update(late)
+            self.ahead += [f"{directory}/{name}" for name in late if _order(name) > self._far]
             tasks = [task for task in tasks if task[1] not in self.hidden]
         self._hand = sorted(self._hand + tasks, reverse=True) if self._hand else sorted(tasks)[::-1]
 
@@ -1146,7 +1157,7 @@ class _Claims:
         """The claim's file: a `touch` elsewhere renames it, another host mounts it elsewhere."""
         owner = os.path.basename(os.path.dirname(task.path))
         directory = f"{self._place.path['in_progress']}/{owner}"
-        names = (entry.name for entry in self._place.entries(directory))
+        names = [entry.name for entry in self._place.entries(directory)]
         return _find_claim(directory, task.id, task.attempt, names)
 
     def _was_moved_by_us(self, task: FemtoTask, verdict: str, failed: bool) -> bool:
@@ -1197,6 +1208,7 @@ class _Keeper:
         self._next_look_us = 0
         self._next_sweep_us = 0
         self._departures = 0
+        self._opened_s = time.time()
         self._is_first_look = True
         self._warned: set[str] = set()
 
@@ -1273,7 +1285,7 @@ class _Keeper:
                 if (claim := _parse(name)) is None or path in place.troubles:
                     continue
                 id, used, deadline_us, _ = claim
-                if alive is False or deadline_us < now_us:
+                if deadline_us < now_us or (alive is False and not self._is_later(owner, path)):
                     found.append((int(id[:16]), id, used, path, False))
                 elif owner[0] == place.owner.node_id and owner[3] != place.owner.process[2]:
                     self._warn_of_name(entry.name)
@@ -1284,6 +1296,11 @@ class _Keeper:
                     _try(os.rmdir, entry.path)
         place.has_company, place.has_hosts = has_company, has_hosts
         return found
+
+    def _is_later(self, owner: tuple[str, int, str, str, str], path: str) -> bool:
+        """Did somebody elsewhere claim this under our name after this object was opened?"""
+        info = _lstat(path) if owner[3] != self._place.owner.process[2] else None
+        return info is not None and info.st_ctime > self._opened_s
 
     def _find_due(self) -> list[_Return]:
         """What is due, at least the earliest of it. What is not is sorted into closer buckets."""
@@ -1599,10 +1616,21 @@ class _Looking:
         if state == "pending":
             names = (name for name, _ in iter(_Listing(self._place).next, None))
             ids = (parsed[0] for name in names if (parsed := _parse(name)))
-        else:
-            tasks = [(task[2] if state == "scheduled" else 0, task[0]) for task in self.walk(state)]
-            ids = (id for _, id in sorted(set(tasks)))
-        return (id for id, _ in itertools.groupby(ids))
+            return (id for id, _ in itertools.groupby(ids))
+        if state == "in_progress":
+            return iter(sorted(self._claimed()))
+        tasks = {(task[2] if state == "scheduled" else 0, task[0]) for task in self.walk(state)}
+        return (id for _, id in sorted(tasks))
+
+    def _claimed(self) -> set[str]:
+        """The ids of all claims. A renewed one has another name, which readdir may miss: a watch does not."""
+        waiting = _Waiting()
+        try:
+            waiting.watch(self._directories(("in_progress",)))
+            found = {id for id, _, _, _ in self.walk("in_progress")}
+            return found | {task[0] for name in waiting.changes() if (task := _parse(name))}
+        finally:
+            waiting.close()
 
     def count_pending(self) -> int:
         """How many tasks are pending. A bucket that did not change since still holds what it held.
@@ -1889,9 +1917,7 @@ class _Place:
         self.claimed = 0  # how many tasks this object took out of pending/
         self.returns = 0  # and how many it put back, perhaps before what is listed already
         self._told: set[str] = set()
-        self._gift: tuple[int, int] | None = (
-            None  # the owner and group of the directory, if root is not it
-        )
+        self._gift: tuple[int, int] | None = None  # owner and group of the directory, once root asked
         self._touched: dict[str, None] = {}  # directories to sync, the old side of a rename first
         self._lock = _thread.RLock()  # reentrant: a signal handler may push in the midst of a push
         self._waiting: set[_Waiting] = set()
@@ -1974,19 +2000,16 @@ class _Place:
             and stat.S_IMODE(os.stat(target).st_mode) != stat.S_IMODE(info.st_mode) & mask
         ):
             _try(os.chmod, target, stat.S_IMODE(info.st_mode) & mask)
-        self._find_gift(info)
         self.hand_over(target)
-
-    def _find_gift(self, info: os.stat_result) -> None:
-        root = sys.platform != "win32" and os.name != "nt" and os.geteuid() == 0
-        self._gift = (
-            (info.st_uid, info.st_gid) if root and (info.st_uid, info.st_gid) != (0, 0) else None
-        )
 
     def hand_over(self, target: str | int) -> None:
         """What root makes in somebody else's queue is his: one `sudo` must not stop a service."""
-        if self._gift and sys.platform != "win32":
-            _try(os.chown, target, *self._gift)
+        if sys.platform != "win32" and os.name != "nt" and os.geteuid() == 0:
+            if self._gift is None:
+                info = os.stat(self.root)
+                self._gift = info.st_uid, info.st_gid
+            if self._gift != (0, 0):
+                _try(os.chown, target, *self._gift)
 
     def create(self, path: str) -> int:
         """Open a new file in creating/; return its descriptor."""
@@ -1995,8 +2018,7 @@ class _Place:
         except FileNotFoundError:  # somebody removed the directory
             self.make(os.path.dirname(path))
             descriptor = os.open(path, _WRITE_FLAGS, 0o666)
-        if self._gift:
-            self.hand_over(descriptor)
+        self.hand_over(descriptor)
         return descriptor
 
     def write(self, path: str, chunks: Iterable[bytes], shared: bool = False) -> int:
@@ -2097,7 +2119,7 @@ class _Place:
     def inner(self, state: str) -> list[str]:
         """The paths of the buckets, or owners' directories, of a state, in order."""
         is_inner = _is_owner if state == "in_progress" else _is_bucket
-        return sorted(entry.path for entry in self.entries(self.path[state]) if is_inner(entry))
+        return sorted({entry.path for entry in self.entries(self.path[state]) if is_inner(entry)})
 
     def names(self, directory: str) -> Collection[str]:
         """The names of the regular files in it; none if it is gone, or must be passed over.
@@ -2247,10 +2269,9 @@ class _Clock:
     def _newest_us(self) -> int:
         """The newest time in pending/ and in_progress/, above which the clock must start."""
         place, wall_us = self._place, _wall_us()
-        times_us = [0]
+        times_us = [0, *(_time_of(entry.name) for entry in place.entries(place.path["pending"]))]
         for bucket in place.inner("pending"):
             start_us = _time_of(os.path.basename(bucket))
-            times_us.append(start_us)
             # A bucket's tasks are of one period: an older one cannot be ahead of the wall clock.
             if start_us + _BUCKET_US > wall_us:
                 times_us += [_time_of(_order(name)) for name in place.names(bucket)]
@@ -2582,18 +2603,10 @@ def _is_owner(entry: os.DirEntry[str]) -> bool:
     return _parse_owner(entry.name) is not None and entry.is_dir(follow_symlinks=False)
 
 
-def _find_claim(
-    directory: str, id: str, attempt: int, names: Iterable[str] | None = None
-) -> str | None:
+def _find_claim(directory: str, id: str, attempt: int, names: Iterable[str]) -> str | None:
     """The path of a claim, whatever its deadline is by now."""
-    try:
-        for name in os.listdir(directory) if names is None else names:
-            parsed = _parse(name)
-            if parsed and parsed[:2] == (id, attempt):
-                return f"{directory}/{name}"
-    except FileNotFoundError:
-        pass
-    return None
+    found = (name for name in names if (_parse(name) or ())[:2] == (id, attempt))
+    return next((f"{directory}/{name}" for name in found), None)
 
 
 def _is_original(root: str) -> bool:
