@@ -230,7 +230,7 @@ class FemtoQueue:
         self.maxsize: int = maxsize
         self._root = os.path.abspath(root)  # the program may change its directory
         self._parts: dict[int, _Parts] = {}
-        self._here().place.open()
+        self._here().open()
 
     def _here(self) -> _Parts:
         """The parts of this process. A child has its own, however it was forked: it claims as itself."""
@@ -376,7 +376,7 @@ class FemtoQueue:
         """
         if not callable(handler):
             raise TypeError(f"handler: expected a callable, got {type(handler).__name__}")
-        queues = [self, *also]
+        queues = [self, *(also if hasattr(also, "__iter__") else [also])]
         for queue in queues:
             if not isinstance(queue, FemtoQueue):
                 raise TypeError(f"also: expected FemtoQueue objects, got {type(queue).__name__}")
@@ -491,6 +491,11 @@ class _Parts:
         self.consumer = _Consumer(place, self.keeper, pending)
         self.claims = _Claims(place, self.looking, pending, scheduled)
 
+    def open(self) -> None:
+        """Check the directory, or make it."""
+        self.place.open()
+        self.keeper.note_own_elsewhere()
+
 
 # --- in: how does a payload become a task? ------------------------------------------------------------
 
@@ -525,9 +530,8 @@ class _Producer:
                 self._publish(self._pending, draft, time_us, id)
             else:
                 self._publish(self._scheduled, draft, due_us, _format(id, 0, due_us))
-        except BaseException as error:
+        except BaseException:
             _try(_unlink, draft)
-            _add_path(error, draft)
             raise
         return id
 
@@ -784,62 +788,74 @@ class _Consumer:
         and if it still cannot be had, its error is raised.
         """
         place, listing = self._place, self._listing
-        if listing and listing.returns == place.returns and not self._keeper.is_time(place.clock.now()):
-            task = self._first_of(listing, {})
-            if task is not None:
-                return task  # the usual case
-        set_aside_before = bool(place.troubles)
-        while True:
-            task = self._look_everywhere()
-            if task is not None or not place.troubles:
-                return task
-            self._keeper.hurry()
-            if not set_aside_before:
-                place.raise_trouble()
-            set_aside_before = False
-            place.forget_troubles()
+        mine: dict[str, str] = {}  # what this call claims, or tries to, and where it was
+        try:
+            if (
+                listing
+                and listing.returns == place.returns
+                and not self._keeper.is_time(place.clock.now())
+            ):
+                task = self._first_of(listing, {}, mine)
+                if task is not None:
+                    return task  # the usual case
+            for again in range(_ROUNDS):
+                before = place.passed_over
+                task = self._look_everywhere(mine)
+                if task is not None or place.passed_over == before:
+                    return task
+                self._keeper.hurry()
+                if again:
+                    place.raise_trouble()
+                place.forget_troubles()
+            return None
+        except BaseException:  # out of a signal handler, it can come anywhere
+            self._put_back(mine)
+            raise
 
-    def _look_everywhere(self) -> FemtoTask | None:
+    def _look_everywhere(self, mine: dict[str, str]) -> FemtoTask | None:
         """Claim the oldest task of a new listing, and of others until one has nothing new."""
         place = self._place
-        tried: dict[str, int] = {}
+        place.owner.check_open()
+        self._put_back({})
         if self._keeper.is_time(place.clock.stamp()):
             self._keeper.bring_back()
-        known: Collection[str] = ()
         if self._listing and self._listing.ahead:
             self._keeper.settle(self._listing.ahead)
-        place.owner.check_open()
-        _try(self._put_back_undelivered)
+        tried: dict[str, int] = {}
+        known: Collection[str] = ()
         while True:
             self._listing = None  # should the next one fail, this one is not gone on with
             before = sum(tried.values())
             listing = _Listing(place, place.clock.stamp(), known)
-            if task := self._first_of(listing, tried):
+            if task := self._first_of(listing, tried, mine):
                 self._listing = listing  # only now: other threads must not empty it before
                 return task
             self._pending.remove_empty(listing.empty)
             if listing.hidden or listing.skipped or sum(tried.values()) > before:
                 known = listing.hidden
-            elif not (self._keeper.bring_back() or self._put_back_undelivered()):
+            elif not (self._keeper.bring_back() or self._put_back(mine)):
                 return None
 
-    def _first_of(self, listing: _Listing, tried: dict[str, int]) -> FemtoTask | None:
+    def _first_of(
+        self, listing: _Listing, tried: dict[str, int], mine: dict[str, str]
+    ) -> FemtoTask | None:
         """Claim the first task of a listing that can be had; None if there is none."""
         place = self._place
         while found := listing.next():
             name, directory = found
             # Network filesystems list what is gone. But what another worker could not read, and put
             # back, is worth a second try.
-            if tried.get(name, 0) > 1 or (place.troubles and f"{directory}/{name}" in place.troubles):
+            times = tried.get(name, 0)
+            if times > 1 or (place.troubles and place.passes_over(f"{directory}/{name}")):
                 continue
-            tried[name] = tried.get(name, 0) + 1
+            tried[name] = times + 1
             try:
                 try:
-                    task = self._claim(name, directory, listing)
+                    task = self._claim(name, directory, listing, mine)
                 except OSError as error:
                     if self._is_everywhere(error):
                         raise
-                    task = self._claim(name, directory, listing)  # a passing fault costs no turn
+                    task = self._claim(name, directory, listing, mine)  # a passing fault costs no turn
             except OSError as error:
                 if self._is_everywhere(error):
                     raise
@@ -855,7 +871,9 @@ class _Consumer:
         full = target.startswith(self._place.path["in_progress"])
         return error.errno in _SCARCE or (full and error.errno in _FULL)
 
-    def _claim(self, name: str, directory: str, listing: _Listing) -> FemtoTask | None:
+    def _claim(
+        self, name: str, directory: str, listing: _Listing, mine: dict[str, str]
+    ) -> FemtoTask | None:
         """Make one pending task this object's; None if another was quicker, or it cannot be run."""
         place = self._place
         parsed = _parse(name)
@@ -872,9 +890,9 @@ class _Consumer:
         now_us = place.clock.stamp()  # unlike any other: the name of a claim tells whose it is
         deadline_us = now_us + place.lease_us
         path = f"{place.owner.directory}/{_format(id, attempt, deadline_us)}"
+        mine[path] = source
         try:
             if not place.owner.claim(source, path):
-                self._undelivered[path] = source  # it may be done, and the answer lost on a network
                 self._note_miss(path, listing)
                 return None
             # Before anybody syncs our own directory: see _Place.sync, the old side first.
@@ -889,8 +907,7 @@ class _Consumer:
                     task = None
         except BaseException as error:
             self._listing = None
-            self._undelivered[path] = source
-            _try(self._put_back_undelivered)
+            self._put_back(mine)
             # We were stopped for longer than the lease. Or, on Windows, another is just taking it.
             taken = (FileNotFoundError, PermissionError) if os.name == "nt" else FileNotFoundError
             if isinstance(error, taken) and not os.path.lexists(path):
@@ -904,14 +921,23 @@ class _Consumer:
         """Is a claim still ours that took half a lease? The machine may have slept, or the file be huge."""
         return _rename_claim(self._place, task, task.path) is not None
 
-    def _put_back_undelivered(self) -> bool:
-        """Put back what was claimed after all: the claim's answer was lost, or it could not be read."""
+    def _put_back(self, mine: dict[str, str]) -> bool:
+        """Put back what was claimed and is not returned; tell if anything was.
+
+        It could not be read; or the claim was done, and its answer was lost on a network. What cannot
+        be put back now is tried again at the next look.
+        """
+        self._undelivered.update(mine)
+        mine.clear()
         done = 0
-        if self._undelivered:
-            there = {entry.path for entry in self._place.entries(self._place.owner.directory)}
-            for path, source in list(self._undelivered.items()):
-                done += path in there and _rename(path, source)
-                self._undelivered.pop(path, None)  # only now: after an error, at the next look
+        try:
+            if self._undelivered:
+                there = {entry.path for entry in self._place.entries(self._place.owner.directory)}
+                for path, source in list(self._undelivered.items()):
+                    done += path in there and _rename(path, source)
+                    self._undelivered.pop(path, None)
+        except OSError:
+            pass
         return done > 0
 
     def _note_miss(self, path: str, listing: _Listing) -> None:
@@ -1208,8 +1234,7 @@ class _Keeper:
         self._next_look_us = 0
         self._next_sweep_us = 0
         self._departures = 0
-        self._opened_s = time.time()
-        self._is_first_look = True
+        self._free: set[str] | None = None  # owners of my node_id elsewhere, and what they had claimed
         self._warned: set[str] = set()
 
     def is_time(self, now_us: int) -> bool:
@@ -1229,8 +1254,7 @@ class _Keeper:
 
         An error is set aside, to be raised when nothing is pending: what is can be had all the same.
         """
-        place = self._place
-        now_us, before, moved = place.clock.now(), len(place.troubles), 0
+        place, now_us, found = self._place, self._place.clock.now(), False
         try:
             if self.is_time(now_us):
                 self._departures = _departures.get(place.root, 0)
@@ -1238,40 +1262,40 @@ class _Keeper:
                 if now_us >= self._next_sweep_us:
                     self._next_sweep_us = now_us + _SWEEP_US
                     self._sweep()
-                moved += self._move(self._find_abandoned(now_us), whole=self._is_first_look)
-                self._is_first_look = False
+                found = self._move(self._find_abandoned(now_us))
                 self._warn_of_clocks(now_us)
-            moved += self._move(self._find_due())
+            found |= self._move(self._find_due())
         except OSError as error:
             place.set_aside(place.root, error)
         place.sync()
-        return moved > 0 or len(place.troubles) > before
+        return found
 
-    def _move(self, tasks: list[_Return], whole: bool = False) -> int:
-        """Make tasks pending, the first ones by their order; return how many."""
-        place, moved = self._place, 0
-        if len(tasks) > _BATCH and not whole:
+    def _move(self, tasks: list[_Return], whole: bool = False) -> bool:
+        """Make tasks pending, the first ones by their order; tell if any was, or others may be."""
+        place, moved, more = self._place, 0, len(tasks) > _BATCH and not whole
+        if more:
             self._next_look_us = 0  # the rest at the next look, which comes at once
         for _, id, used, path, is_new in sorted(tasks)[: None if whole else _BATCH]:
             place_us, name = _old_place(id, used, place.clock, is_new)
             try:
-                bucket = _twice(self._pending.put, path, place_us, name)
+                moved += _twice(self._pending.put, path, place_us, name) is not None
             except OSError as error:
+                if error.errno in (*_FULL, *_SCARCE):
+                    place.set_aside(place.root, error)  # so it is with all of them
+                    more = False
+                    break
                 # On Windows, whoever works on the file keeps it from being renamed.
                 if os.name != "nt" or not isinstance(error, PermissionError):
                     place.set_aside(path, error)
-                if error.errno in (*_FULL, *_SCARCE):
-                    break
-                continue
-            moved += bucket is not None
         place.returns += moved
-        return moved
+        return moved > 0 or more  # what is set aside makes room in a batch for others
 
     def _find_abandoned(self, now_us: int) -> list[_Return]:
         """The claims of owners that are gone, and those whose lease ran out."""
         place = self._place
         found: list[_Return] = []
         has_company = has_hosts = False
+        free = self.note_own_elsewhere()
         for entry in place.entries(place.path["in_progress"]):
             owner = _parse_owner(entry.name)
             if owner is None or not _is_owner(entry):
@@ -1279,28 +1303,38 @@ class _Keeper:
             has_company |= owner[1:4] != place.owner.process
             has_hosts |= owner[3] != place.owner.process[2]
             names = place.names(entry.path)
-            alive = _is_alive(owner, place.owner.node_id, self._is_first_look)
+            alive = _is_alive(owner)
             for name in names:
                 path = f"{entry.path}/{name}"
-                if (claim := _parse(name)) is None or path in place.troubles:
+                if (claim := _parse(name)) is None or place.passes_over(path):
                     continue
                 id, used, deadline_us, _ = claim
-                if deadline_us < now_us or (alive is False and not self._is_later(owner, path)):
+                if deadline_us < now_us or alive is False or path in free:
                     found.append((int(id[:16]), id, used, path, False))
                 elif owner[0] == place.owner.node_id and owner[3] != place.owner.process[2]:
                     self._warn_of_name(entry.name)
             if not names:
                 if entry.path == place.owner.directory:
                     place.owner.rest()
-                elif alive is False:
+                elif alive is False or entry.path in free:
                     _try(os.rmdir, entry.path)
         place.has_company, place.has_hosts = has_company, has_hosts
         return found
 
-    def _is_later(self, owner: tuple[str, int, str, str, str], path: str) -> bool:
-        """Did somebody elsewhere claim this under our name after this object was opened?"""
-        info = _lstat(path) if owner[3] != self._place.owner.process[2] else None
-        return info is not None and info.st_ctime > self._opened_s
+    def note_own_elsewhere(self) -> set[str]:
+        """Note what was claimed under my node_id elsewhere: on an earlier boot, in an earlier container.
+
+        It is free, for a node_id is in one place at a time. Whoever claims under it after that is alive.
+        """
+        if self._free is None:
+            self._free = set()
+            place = self._place
+            for entry in place.entries(place.path["in_progress"]):
+                owner = _parse_owner(entry.name)
+                if owner and owner[0] == place.owner.node_id and _is_elsewhere(owner[3]):
+                    self._free.add(entry.path)
+                    self._free.update(f"{entry.path}/{name}" for name in place.names(entry.path))
+        return self._free
 
     def _find_due(self) -> list[_Return]:
         """What is due, at least the earliest of it. What is not is sorted into closer buckets."""
@@ -1326,7 +1360,7 @@ class _Keeper:
                 directory, names = top, {entry.name} if entry.is_file(follow_symlinks=False) else set()
             for name in names:
                 path = f"{directory}/{name}"
-                if (parsed := _parse(name)) is None or path in place.troubles:
+                if (parsed := _parse(name)) is None or place.passes_over(path):
                     continue
                 id, used, due_us, _ = parsed
                 if due_us <= now_us:
@@ -1347,7 +1381,7 @@ class _Keeper:
             names = self._place.names(path) if os.path.isdir(path) else ()
             for source in [f"{path}/{name}" for name in names] or [path]:
                 parsed = _parse(os.path.basename(source))
-                if parsed and source not in self._place.troubles:
+                if parsed and not self._place.passes_over(source):
                     self._move([(parsed[2], parsed[0], parsed[1], source, True)])
 
     def requeue(self, id: str) -> bool:
@@ -1371,6 +1405,7 @@ class _Keeper:
     def give_back_own(self) -> None:
         """Make pending what this object claimed and did not finish."""
         place = self._place
+        place.forget_troubles()
         found: list[_Return] = []
         for name in place.names(place.owner.directory):
             if claim := _parse(name):
@@ -1413,7 +1448,7 @@ class _Keeper:
                 name = entry.name.rpartition("~")[0] if state == "creating" else entry.name
                 owner, info = _parse_owner(name), _lstat(entry.path)
                 if owner and info and stat.S_ISREG(info.st_mode) is (state == "creating"):
-                    alive = _is_alive(owner, self._place.owner.node_id, self._is_first_look)
+                    alive = _is_alive(owner)
                     if alive is False or (alive is None and time.time() - info.st_mtime > _ORPHAN_S):
                         _try(remove, entry.path)
 
@@ -1465,7 +1500,7 @@ class _Worker:
         return count
 
     def _is_over(self) -> bool:
-        return bool(self._caught) or self._queues[0][1].place.is_stopped()
+        return bool(self._caught) or any(parts.place.is_stopped() for _, parts in self._queues)
 
     def _next(self, until_empty: bool) -> tuple[FemtoQueue, _Claims, FemtoTask] | None:
         """The next task. A worker that stays outlives errors, and logs one a minute."""
@@ -1546,9 +1581,10 @@ class _Worker:
     def _defer_signals(self) -> Callable[[], None]:
         """Collect signals to end, and interrupt the handler at the second one; return what ends that."""
         import signal
-        import threading
 
         before: dict[int, Any] = {}
+        # What C code installed cannot be restored: Python takes it for the default.
+        status = (_read_text("/proc/self/status") or "SigCgt:\t0").partition("SigCgt:")[2].split()[0]
 
         def catch(number: int, frame: object) -> None:
             if os.getpid() != self._pid:  # a process that the handler forked
@@ -1561,12 +1597,15 @@ class _Worker:
             if len(self._caught) == 2 and self._current:
                 raise _SecondSignal
 
-        if threading.current_thread() is threading.main_thread():
-            for name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT"):
-                number = getattr(signal, name, None)
-                # Ignored under nohup. None: what C code installed cannot be restored.
-                if number and signal.getsignal(number) not in (signal.SIG_IGN, None):
+        for name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT"):
+            number = int(getattr(signal, name, 0))  # Windows has not all of them
+            was = signal.getsignal(number) if number else signal.SIG_IGN
+            foreign = was is None or (was == signal.SIG_DFL and int(status, 16) >> (number - 1) & 1)
+            if was != signal.SIG_IGN and not foreign:  # ignored: under nohup
+                try:
                     before[number] = signal.signal(number, catch)
+                except ValueError:
+                    break  # not the main thread of the main interpreter
 
         def restore() -> None:
             for number, handler in before.items():
@@ -1578,7 +1617,7 @@ class _Worker:
         """Let the signals do what they would have done without `run`."""
         import signal
 
-        for number in dict.fromkeys(self._caught):
+        for number in self._caught:
             signal.raise_signal(number)
 
 
@@ -1598,6 +1637,7 @@ class _Looking:
         The oldest directory first: a scheduled task that is moved closer meanwhile goes to a younger one,
         where it is seen again rather than missed.
         """
+        self._place.check_there()
         top = self._place.path[state]
         inner = () if state in _FINISHED else self._place.inner(state)
         for directory in (top, *inner):
@@ -1614,6 +1654,7 @@ class _Looking:
     def ids(self, state: str) -> Iterator[str]:
         """The ids of a state in their order, each once: some filesystems list a name twice."""
         if state == "pending":
+            self._place.check_there()
             names = (name for name, _ in iter(_Listing(self._place).next, None))
             ids = (parsed[0] for name in names if (parsed := _parse(name)))
             return (id for id, _ in itertools.groupby(ids))
@@ -1659,12 +1700,8 @@ class _Looking:
         return total
 
     def find(self, id: str, states: Collection[str]) -> Iterator[tuple[str, str]]:
-        """State and path of a task, perhaps more than once: it may move while we search.
-
-        An id may come from outside. Only one that is a task's name by our grammar becomes a path.
-        """
-        _check("id", id, "str")
-        if _FORBIDDEN & set(id) or _parse(id) is None:
+        """State and path of a task, perhaps more than once: it may move while we search."""
+        if not self._is_id(id):
             return
         yield from self._find_quickly(id, states)
         waiting = _Waiting()
@@ -1680,6 +1717,11 @@ class _Looking:
                     return
         finally:
             waiting.close()
+
+    def _is_id(self, id: str) -> bool:
+        """May this become a path? It comes from outside; a task's name by our grammar harms nobody."""
+        _check("id", id, "str")
+        return not _FORBIDDEN & set(id) and _is_id(id)
 
     def _find_quickly(self, id: str, states: Collection[str]) -> Iterator[tuple[str, str]]:
         """Ask for the likely names first: that lists no bucket."""
@@ -1714,7 +1756,7 @@ class _Looking:
             claim, info = _parse(os.path.basename(path)), _lstat(path)
             if owner and claim and info:
                 since_s = (now_us - claim[3]) / 1e6 if claim[3] else time.time() - info.st_ctime
-                alive = _is_alive(owner, place.owner.node_id, False)
+                alive = _is_alive(owner)
                 found.append(
                     {
                         "id": id,
@@ -1730,7 +1772,7 @@ class _Looking:
 
     def reason(self, id: str) -> str | None:
         """Why a task failed."""
-        for _, path in self._find_quickly(id, ("failed",)) if _parse(id) else ():
+        for _, path in self._find_quickly(id, ("failed",)) if self._is_id(id) else ():
             try:
                 with open(path + _REASON, encoding="utf-8", errors="replace") as file:
                     return file.read()
@@ -1887,8 +1929,10 @@ class _Waiting:
         if bell >= 0:
             os.close(bell)
         if inotify >= 0:
+            import threading
+
             try:
-                _thread.start_new_thread(_try, (os.close, inotify))
+                threading.Thread(target=_try, args=(os.close, inotify)).start()
             except RuntimeError:  # no more threads are to be had
                 _try(os.close, inotify)
 
@@ -1911,7 +1955,9 @@ class _Place:
         self.layout = f"{root}/layout"
         self.owner = _Owner(self, queue.node_id)
         self.clock = _Clock(self)
-        self.troubles: dict[str, OSError] = {}  # by path: set aside for a minute
+        # By path, what cannot be had is set aside for a minute; here with its error, as OSError takes it.
+        self.troubles: dict[str, tuple[int | None, str | None, object]] = {}
+        self.passed_over = 0  # how often something was, or is still, set aside
         self.has_company = False  # other processes claim tasks, so far as the last look told
         self.has_hosts = False  # other machines or containers do
         self.claimed = 0  # how many tasks this object took out of pending/
@@ -2005,11 +2051,14 @@ class _Place:
     def hand_over(self, target: str | int) -> None:
         """What root makes in somebody else's queue is his: one `sudo` must not stop a service."""
         if sys.platform != "win32" and os.name != "nt" and os.geteuid() == 0:
-            if self._gift is None:
-                info = os.stat(self.root)
-                self._gift = info.st_uid, info.st_gid
-            if self._gift != (0, 0):
-                _try(os.chown, target, *self._gift)
+            try:
+                if self._gift is None:
+                    info = os.stat(self.root)
+                    self._gift = info.st_uid, info.st_gid
+                if self._gift != (0, 0):
+                    os.chown(target, *self._gift)
+            except OSError:
+                pass  # it is root's, then
 
     def create(self, path: str) -> int:
         """Open a new file in creating/; return its descriptor."""
@@ -2033,10 +2082,11 @@ class _Place:
                 self._share(descriptor, 0o666)
             if self.durable:
                 os.fsync(descriptor)
-        except BaseException:
+            os.close(descriptor)  # where a network filesystem reports a failed write
+        except BaseException as error:
             _try(os.close, descriptor)
+            _add_path(error, path)
             raise
-        os.close(descriptor)  # where a network filesystem reports a failed write
         return crc
 
     # Changes of state, and how they become durable.
@@ -2126,7 +2176,7 @@ class _Place:
 
         A set: some filesystems list a name twice.
         """
-        if directory not in self.troubles:
+        if not self.passes_over(directory):
             try:
                 return _twice(self._names, directory)
             except OSError as error:
@@ -2138,16 +2188,23 @@ class _Place:
 
     def set_aside(self, path: str, error: OSError) -> None:
         """Note what cannot be had, for a minute, and log it once in that time."""
-        error.__context__ = None  # its frames, and those of the traceback, hold the queue
-        self.troubles[path] = error.with_traceback(None)
+        # Not the error itself: its traceback's frames would keep the queue alive.
+        self.troubles[path] = error.errno, error.strerror, error.filename or path
+        self.passed_over += 1
         if path not in self._told:
             self._told.add(path)
             _log("%s; it is passed over", str(error))
 
+    def passes_over(self, path: str) -> bool:
+        """Is this set aside?"""
+        found = path in self.troubles
+        self.passed_over += found
+        return found
+
     def raise_trouble(self) -> None:
-        """Raise the first one's error."""
-        if self.troubles:
-            raise self.troubles.pop(next(iter(self.troubles)))  # held by its own traceback only
+        """Raise the first error of what is set aside."""
+        for trouble in list(self.troubles.values())[:1]:
+            raise OSError(*trouble)
 
     def forget_troubles(self) -> None:
         self.troubles.clear()
@@ -2431,18 +2488,21 @@ def _identity() -> _Identity:
     return _me
 
 
-def _is_alive(owner: tuple[str, int, str, str, str], node_id: str, is_first_look: bool) -> bool | None:
+def _is_elsewhere(place: str) -> bool:
+    """Is this another machine, boot or container, as far as /proc told both of us where we are?"""
+    return place != _identity().place and "." in place and "." in _identity().place
+
+
+def _is_alive(owner: tuple[str, int, str, str, str]) -> bool | None:
     """Is this owner alive? None if that cannot be known from here, and its lease must decide.
 
     Only proof counts: a process that is there, but whose start time /proc does not tell (hidepid,
-    another user's container), is alive. `node_id` is the judge's: what it claimed elsewhere before it
-    was opened here is free. Whoever claims under this name after that is alive.
+    another user's container), is alive.
     """
-    node, pid, start, place, token = owner
+    _, pid, start, place, token = owner
     me = _identity()
-    if place != me.place:  # another machine, boot or container
-        known = "." in place and "." in me.place  # /proc told both of us where we are
-        return False if node == node_id and known and is_first_look else None
+    if place != me.place:
+        return None  # on another machine, boot or container
     if pid == me.pid and token.startswith(_copy):
         return "~".join(map(str, owner)) in _living
     if me.boot is None or (pid == me.pid and start == me.start):
@@ -2761,6 +2821,8 @@ def _make_directories(path: str) -> list[str]:
         os.mkdir(path)
         made.append(path)
     except FileNotFoundError:
+        if os.path.isdir(os.path.dirname(path)):  # in /proc
+            raise
         made += _make_directories(os.path.dirname(path))
         made += _make_directories(path)
     except FileExistsError:
@@ -3089,6 +3151,7 @@ def _command_run(options: argparse.Namespace) -> int:
     def handle(task: FemtoTask) -> None:
         status = _run_command([options.cmd, *options.arguments], task)
         if status == 100:  # as for qmail-local
+            _log("%s: failed for good: %s: exit status 100", task.id, options.cmd)
             queue.fail(task, f"{options.cmd}: exit status 100")
         elif status:
             raise FemtoQueueError(f"{options.cmd}: exit status {status}")
@@ -3107,6 +3170,8 @@ def _reset_signals() -> None:
     if sys.platform != "win32":
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # ignored, it hides each exit status
         signal.signal(signal.SIGPIPE, signal.SIG_IGN)  # a closed log must not end a worker
+        # Ctrl-Z would stop the renewal of the lease, and not the command. Ignored, it would be for that too.
+        signal.signal(signal.SIGTSTP, lambda *_: None)
         signal.pthread_sigmask(signal.SIG_SETMASK, ())
 
 
