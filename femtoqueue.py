@@ -317,7 +317,7 @@ class FemtoQueue:
         if timeout == 0:
             return parts.consumer.look()
         end_us = _end_us(timeout)
-        found = _wait_for_task([parts.consumer], end_us, parts.place.is_stopped)
+        found = _wait_for_task([parts], end_us, parts.place.is_stopped)
         return found[1] if found else None
 
     def done(self, task: FemtoTask) -> None:
@@ -903,7 +903,8 @@ class _Consumer:
             if task is not None:
                 task._bucket = directory
                 task._clock, task._since_us, task._deadline_us = place.clock, now_us, deadline_us
-                if place.clock.now() - now_us > place.lease_us // 2 and not self._renew(task):
+                # Is it still ours? The machine may have slept meanwhile, or the file is huge.
+                if place.clock.now() - now_us > place.lease_us // 2 and not _renew(place, task, path):
                     task = None
         except BaseException as error:
             self._listing = None
@@ -916,10 +917,6 @@ class _Consumer:
             raise
         place.claimed += 1
         return task
-
-    def _renew(self, task: FemtoTask) -> bool:
-        """Is a claim still ours that took half a lease? The machine may have slept, or the file be huge."""
-        return _rename_claim(self._place, task, task.path) is not None
 
     def _put_back(self, mine: dict[str, str]) -> bool:
         """Put back what was claimed and is not returned; tell if anything was.
@@ -971,12 +968,6 @@ class _Consumer:
             return None
         return FemtoTask(id, data, attempt, path)
 
-    def begin_to_wait(self, waiting: _Waiting) -> None:
-        self._place.begin_to_wait(waiting)
-
-    def end_waiting(self, waiting: _Waiting) -> None:
-        self._place.end_waiting(waiting)
-
     def directories(self) -> Iterator[str]:
         """Where a change may bring a task: what to watch while waiting for one."""
         for state in ("pending", "scheduled"):
@@ -987,37 +978,33 @@ class _Consumer:
                 if directory[len(top) + 1 :] < soon:
                     yield directory
 
-    def sleep_us(self) -> int:
-        """How long there is nothing to do, unless something changes."""
-        return self._keeper.sleep_us()
-
 
 def _wait_for_task(
-    consumers: Sequence[_Consumer], end_us: float, is_over: Callable[[], bool]
+    queues: Sequence[_Parts], end_us: float, is_over: Callable[[], bool]
 ) -> tuple[int, FemtoTask] | None:
-    """The number of the first consumer that has a task, and that; None when time, or all, is over."""
+    """The number of the first queue that has a task, and that; None when time, or all, is over."""
     waiting: _Waiting | None = None
     try:
         while True:
             last = is_over() or _since_boot_us() >= end_us
             if waiting:  # watch, look, wait: in this order no change is missed
-                waiting.watch(path for consumer in consumers for path in consumer.directories())
-            for number, consumer in enumerate(consumers):
-                if task := consumer.look():
+                waiting.watch(path for parts in queues for path in parts.consumer.directories())
+            for number, parts in enumerate(queues):
+                if task := parts.consumer.look():
                     return number, task
             if last:
                 return None
-            if waiting is None:
-                waiting = _Waiting()
-                for consumer in consumers:
-                    consumer.begin_to_wait(waiting)
+            if waiting:
+                left_us = min([end_us - _since_boot_us(), *(it.keeper.sleep_us() for it in queues)])
+                waiting.wait(left_us / 1e6)
                 continue
-            left_us = min([end_us - _since_boot_us(), *(c.sleep_us() for c in consumers)])
-            waiting.wait(left_us / 1e6)
+            waiting = _Waiting()
+            for parts in queues:
+                parts.place.begin_to_wait(waiting)
     finally:
         if waiting:
-            for consumer in consumers:
-                consumer.end_waiting(waiting)
+            for parts in queues:
+                parts.place.end_waiting(waiting)
             waiting.close()
 
 
@@ -1128,7 +1115,7 @@ class _Claims:
     def touch(self, task: FemtoTask) -> None:
         """Begin a new lease."""
         self._check(task)
-        self._move(task, lambda path: _rename_claim(self._place, task, path) is not None)
+        self._move(task, lambda path: _renew(self._place, task, path))
 
     def _leave(self, task: FemtoTask, verdict: str, move: Callable[[str], bool]) -> None:
         """Take a task out of in_progress/, for good. Made again after an error, it only syncs."""
@@ -1201,17 +1188,15 @@ class _Claims:
         return found == (verdict if keep else None)
 
 
-def _rename_claim(place: _Place, task: FemtoTask, path: str) -> str | None:
-    """Give a claim a new full lease; None if it is not there any more."""
+def _renew(place: _Place, task: FemtoTask, path: str) -> bool:
+    """Give a claim a new full lease; False if it is not there any more."""
     now_us = place.clock.stamp()
-    since_us = task._since_us or now_us
-    name = _format(task.id, task.attempt, now_us + place.lease_us, since_us)
-    target = f"{os.path.dirname(path)}/{name}"
+    deadline_us, since_us = now_us + place.lease_us, task._since_us or now_us
+    target = f"{os.path.dirname(path)}/{_format(task.id, task.attempt, deadline_us, since_us)}"
     if not _rename(path, target):
-        return None
-    task.path = target
-    task._deadline_us = now_us + place.lease_us
-    return target
+        return False
+    task.path, task._deadline_us = target, deadline_us
+    return True
 
 
 # --- the way back -------------------------------------------------------------------------------------
@@ -1377,12 +1362,14 @@ class _Keeper:
 
         Else it would be passed by without end while newer tasks flow.
         """
+        found: list[_Return] = []
         for path in paths:
             names = self._place.names(path) if os.path.isdir(path) else ()
             for source in [f"{path}/{name}" for name in names] or [path]:
                 parsed = _parse(os.path.basename(source))
                 if parsed and not self._place.passes_over(source):
-                    self._move([(parsed[2], parsed[0], parsed[1], source, True)])
+                    found.append((parsed[2], parsed[0], parsed[1], source, True))
+        self._move(found, whole=True)
 
     def requeue(self, id: str) -> bool:
         """Give a finished task a fresh start, or make a scheduled one pending now."""
@@ -1504,10 +1491,10 @@ class _Worker:
 
     def _next(self, until_empty: bool) -> tuple[FemtoQueue, _Claims, FemtoTask] | None:
         """The next task. A worker that stays outlives errors, and logs one a minute."""
-        consumers = [parts.consumer for _, parts in self._queues]
+        queues = [parts for _, parts in self._queues]
         while not self._is_over():
             try:
-                found = _wait_for_task(consumers, 0 if until_empty else float("inf"), self._is_over)
+                found = _wait_for_task(queues, 0 if until_empty else float("inf"), self._is_over)
                 if found is None:
                     return None
                 queue, parts = self._queues[found[0]]
