@@ -316,9 +316,13 @@ class FemtoQueue:
         parts = self._here()
         if timeout == 0:
             return parts.consumer.look()
-        end_us = _end_us(timeout)
-        found = _wait_for_task([parts], end_us, parts.place.is_stopped)
-        return found[1] if found else None
+        end_us, waiting = _end_us(timeout), _Waiting()
+        parts.place.begin_to_wait(waiting)
+        try:
+            found = _wait_for_task([parts], end_us, parts.place.is_stopped, waiting)
+            return found[1] if found else None
+        finally:
+            parts.place.end_waiting(waiting)
 
     def done(self, task: FemtoTask) -> None:
         """Finish `task`: to done/, or deleted if `keep_done` is off. It is never delivered again.
@@ -645,11 +649,11 @@ class _Producer:
         """Delete what was copied, or there would be both the task and the file."""
         try:
             _unlink(source)
-        except BaseException:
+        except OSError:
             if os.path.lexists(source):
                 for _, path in self._looking.find(id, ("pending",)):
                     _try(_unlink, path)
-            raise
+                raise
         self._place.sync(os.path.dirname(os.path.abspath(source)))
 
 
@@ -714,10 +718,11 @@ class _Buckets:
                     return bucket.path
             except BaseException as error:
                 _try(_rename, target, source)  # for what came when that was done
-                if not isinstance(error, PermissionError) or bucket.is_own:
+                if isinstance(error, PermissionError) and not bucket.is_own:
+                    bucket.left = 0  # another user's, who keeps it to himself
+                    continue
+                if not isinstance(error, OSError) or _holds(source):
                     raise
-                bucket.left = 0  # another user's, who keeps it to himself
-                continue
             if not _holds(source):
                 # The answer to a rename that was done can be lost on a network: rename(2), BUGS.
                 return bucket.path if _holds(target) else None
@@ -980,32 +985,23 @@ class _Consumer:
 
 
 def _wait_for_task(
-    queues: Sequence[_Parts], end_us: float, is_over: Callable[[], bool]
+    queues: Sequence[_Parts], end_us: float, is_over: Callable[[], bool], waiting: _Waiting
 ) -> tuple[int, FemtoTask] | None:
     """The number of the first queue that has a task, and that; None when time, or all, is over."""
-    waiting: _Waiting | None = None
-    try:
-        while True:
-            last = is_over() or _since_boot_us() >= end_us
-            if waiting:  # watch, look, wait: in this order no change is missed
-                waiting.watch(path for parts in queues for path in parts.consumer.directories())
-            for number, parts in enumerate(queues):
-                if task := parts.consumer.look():
-                    return number, task
-            if last:
-                return None
-            if waiting:
-                left_us = min([end_us - _since_boot_us(), *(it.keeper.sleep_us() for it in queues)])
-                waiting.wait(left_us / 1e6)
-                continue
-            waiting = _Waiting()
-            for parts in queues:
-                parts.place.begin_to_wait(waiting)
-    finally:
-        if waiting:
-            for parts in queues:
-                parts.place.end_waiting(waiting)
-            waiting.close()
+    watched = False
+    while True:
+        last = is_over() or _since_boot_us() >= end_us
+        for number, parts in enumerate(queues):
+            if task := parts.consumer.look():
+                return number, task
+        if last:
+            return None
+        if watched:
+            left_us = min([end_us - _since_boot_us(), *(parts.keeper.sleep_us() for parts in queues)])
+            waiting.wait(left_us / 1e6)
+        # Watch, look, wait: in this order no change is missed.
+        waiting.watch(path for parts in queues for path in parts.consumer.directories())
+        watched = True
 
 
 class _Listing:
@@ -1458,6 +1454,7 @@ class _Worker:
         self._current: list[tuple[_Claims, FemtoTask]] = []
         self._caught: list[int] = []  # signals
         self._complain_us = 0
+        self._waiting = _Waiting()
         self._pid = os.getpid()
 
     def run(self, until_empty: bool) -> int:
@@ -1469,7 +1466,7 @@ class _Worker:
         count = 0
         restore = self._defer_signals()
         places = [parts.place for _, parts in self._queues]
-        runs = [place.begin_run() for place in places]
+        runs = [place.begin_run(self._waiting) for place in places]
         try:
             heart.start()
             while found := self._next(until_empty):
@@ -1481,7 +1478,7 @@ class _Worker:
             ended.set()
             heart.join()
             for place, run in zip(places, runs, strict=True):
-                place.end_run(run)
+                place.end_run(run, self._waiting)
             if os.getpid() == self._pid:
                 self._raise_caught()
         return count
@@ -1494,7 +1491,8 @@ class _Worker:
         queues = [parts for _, parts in self._queues]
         while not self._is_over():
             try:
-                found = _wait_for_task(queues, 0 if until_empty else float("inf"), self._is_over)
+                end_us = 0 if until_empty else float("inf")
+                found = _wait_for_task(queues, end_us, self._is_over, self._waiting)
                 if found is None:
                     return None
                 queue, parts = self._queues[found[0]]
@@ -1828,7 +1826,7 @@ class _Looking:
 
 
 class _Waiting:
-    """Has anything changed? Directories, watched through inotify(7) for as long as one call waits.
+    """Has anything changed? Directories, watched through inotify(7) for as long as a call waits.
 
     Where that cannot be had, their change times are looked at every 9 ms.
     """
@@ -1837,9 +1835,12 @@ class _Waiting:
         self._lock = _thread.RLock()  # a signal handler may wake what it interrupts
         self._rung = False
         self._inotify = self._bell = -1
-        self._libc: Any = None
+        self._libc: Any = None  # once it was tried
         self._poll: Any = None
         self._times: dict[str, list[float]] = {}
+
+    def _open(self) -> None:
+        self._libc = False
         if sys.platform == "linux":
             try:
                 import ctypes
@@ -1857,9 +1858,9 @@ class _Waiting:
 
     def watch(self, directories: Iterable[str], departures: bool = False) -> None:
         """Begin, or go on, to watch these for what comes, and for what goes if `departures`."""
-        mask = 0x01000180 | (
-            0x240 if departures else 0
-        )  # ONLYDIR, CREATE, MOVED_TO; DELETE, MOVED_FROM
+        if self._libc is None:
+            self._open()
+        mask = 0x1000180 | 0x240 * departures  # ONLYDIR, CREATE, MOVED_TO; DELETE, MOVED_FROM
         self._times.clear()
         for directory in directories:
             if self._inotify >= 0:
@@ -1890,10 +1891,11 @@ class _Waiting:
         names: set[str] = set()
         try:
             while events := os.read(self._inotify, 65_536):
-                while events:  # struct inotify_event: wd, mask, cookie, len, name
-                    end = 16 + int.from_bytes(events[12:16], sys.byteorder)
-                    names.add(os.fsdecode(events[16:end].rstrip(b"\0")))
-                    events = events[end:]
+                at = 0
+                while at < len(events):  # struct inotify_event: wd, mask, cookie, len, name
+                    end = at + 16 + int.from_bytes(events[at + 12 : at + 16], sys.byteorder)
+                    names.add(os.fsdecode(events[at + 16 : end].rstrip(b"\0")))
+                    at = end
         except BlockingIOError:
             pass
         return names
@@ -1905,23 +1907,27 @@ class _Waiting:
             if sys.platform == "linux" and self._bell >= 0:
                 os.eventfd_write(self._bell, 1)
 
-    def close(self) -> None:
+    def close(self, in_place: bool = False) -> None:
         """Close the descriptors, under the lock: another thread must not write to a number's next owner.
 
         To close an inotify descriptor takes 8 ms: the kernel waits until nobody reads its watches any
-        more (synchronize_srcu). A thread does that, and ends: who waited for a task has it at once.
+        more (synchronize_srcu). If not `in_place`, a thread does that, and ends: whoever waited for a
+        task has it at once.
         """
         with self._lock:
             inotify, bell, self._inotify, self._bell = self._inotify, self._bell, -1, -1
         if bell >= 0:
             os.close(bell)
         if inotify >= 0:
-            import threading
-
             try:
-                threading.Thread(target=_try, args=(os.close, inotify)).start()
+                if in_place:
+                    os.close(inotify)
+                else:
+                    import threading
+
+                    threading.Thread(target=os.close, args=(inotify,)).start()
             except RuntimeError:  # no more threads are to be had
-                _try(os.close, inotify)
+                os.close(inotify)
 
 
 # --- the directory ------------------------------------------------------------------------------------
@@ -1971,6 +1977,11 @@ class _Place:
             for path in (self.root, *self.path.values()):
                 self.note(*map(os.path.dirname, _make_directories(path)))
                 _try(self._share, path)
+            above = os.path.dirname(self.root)
+            while self.durable and above != os.path.dirname(above):
+                above = os.path.dirname(above)  # an earlier opening may have made it, and failed
+                _try(_sync_directory, above)
+            self.sync()
             self._write_layout()
         elif layout > _LAYOUT:
             raise FemtoQueueError(
@@ -2217,6 +2228,7 @@ class _Place:
 
     def end_waiting(self, waiting: _Waiting) -> None:
         self._waiting.discard(waiting)
+        waiting.close()
 
     def wake(self) -> None:
         """End all waits of this object."""
@@ -2228,15 +2240,18 @@ class _Place:
         self._is_stopped = True
         self.wake()
 
-    def begin_run(self) -> tuple[int, Any]:
+    def begin_run(self, waiting: _Waiting) -> tuple[int, Any]:
         """Note that this thread runs a handler; `end_run` ends that."""
+        self._waiting.add(waiting)
         lock = _thread.allocate_lock()
         lock.acquire()
         run = (_thread.get_ident(), lock)
         self._runs.append(run)
         return run
 
-    def end_run(self, run: tuple[int, Any]) -> None:
+    def end_run(self, run: tuple[int, Any], waiting: _Waiting) -> None:
+        self._waiting.discard(waiting)
+        waiting.close(in_place=True)
         self._runs.remove(run)
         run[1].release()
 

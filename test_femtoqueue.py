@@ -5138,7 +5138,8 @@ class Disk:
             self.log.append(Operation(written=(node, node.content)))
 
     def _fsync(self, descriptor: int) -> None:
-        self.log.append(Operation(synced=self.open[descriptor]))
+        if descriptor in self.open:  # or it is above
+            self.log.append(Operation(synced=self.open[descriptor]))
 
     def _close(self, descriptor: int) -> None:
         self.open.pop(descriptor, None)
