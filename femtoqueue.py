@@ -230,7 +230,9 @@ class FemtoQueue:
         self.maxsize: int = maxsize
         self._root = os.path.abspath(root)  # the program may change its directory
         self._parts: dict[int, _Parts] = {}
-        self._here().open()
+        self._free: set[str] = set()  # what my node_id has claimed elsewhere: see _Keeper
+        self._here().place.open()
+        self._here().keeper.note_own_elsewhere()
 
     def _here(self) -> _Parts:
         """The parts of this process. A child has its own, however it was forked: it claims as itself."""
@@ -490,15 +492,10 @@ class _Parts:
         self.owner = place.owner
         pending, scheduled = _Buckets(place, "pending"), _Buckets(place, "scheduled")
         self.looking = _Looking(place)
-        self.keeper = _Keeper(place, self.looking, pending, scheduled)
+        self.keeper = _Keeper(place, self.looking, pending, scheduled, queue._free)
         self.producer = _Producer(place, self.looking, pending, scheduled)
         self.consumer = _Consumer(place, self.keeper, pending)
         self.claims = _Claims(place, self.looking, pending, scheduled)
-
-    def open(self) -> None:
-        """Check the directory, or make it."""
-        self.place.open()
-        self.keeper.note_own_elsewhere()
 
 
 # --- in: how does a payload become a task? ------------------------------------------------------------
@@ -803,16 +800,15 @@ class _Consumer:
                 task = self._first_of(listing, {}, mine)
                 if task is not None:
                     return task  # the usual case
-            for again in range(_ROUNDS):
-                before = place.passed_over
+            for again in (False, True):
+                uneasy, before = bool(place.troubles), place.passed_over
                 task = self._look_everywhere(mine)
-                if task is not None or place.passed_over == before:
+                if task is not None or not (uneasy or place.passed_over != before):
                     return task
                 self._keeper.hurry()
-                if again:
-                    place.raise_trouble()
-                place.forget_troubles()
-            return None
+                if not again:
+                    place.troubles.clear()
+            raise OSError(*place.last_trouble)
         except BaseException:  # out of a signal handler, it can come anywhere
             self._put_back(mine)
             raise
@@ -822,23 +818,26 @@ class _Consumer:
         place = self._place
         place.owner.check_open()
         self._put_back({})
-        if self._keeper.is_time(place.clock.stamp()):
-            self._keeper.bring_back()
+        place.clock.stamp()  # the first one chooses the clock, by which leases are judged
         if self._listing and self._listing.ahead:
             self._keeper.settle(self._listing.ahead)
         tried: dict[str, int] = {}
         known: Collection[str] = ()
+        # Tasks move from scheduled/ to pending/: look for them in this order, or one is missed.
+        self._keeper.bring_back()
         while True:
             self._listing = None  # should the next one fail, this one is not gone on with
             before = sum(tried.values())
-            listing = _Listing(place, place.clock.stamp(), known)
+            listing = _Listing(place, place.names, place.clock.stamp(), known)
             if task := self._first_of(listing, tried, mine):
                 self._listing = listing  # only now: other threads must not empty it before
                 return task
             self._pending.remove_empty(listing.empty)
             if listing.hidden or listing.skipped or sum(tried.values()) > before:
                 known = listing.hidden
-            elif not (self._keeper.bring_back() or self._put_back(mine)):
+            elif self._keeper.is_time(place.clock.now()):
+                self._keeper.bring_back()
+            elif not self._put_back(mine):
                 return None
 
     def _first_of(
@@ -991,6 +990,8 @@ def _wait_for_task(
     watched = False
     while True:
         last = is_over() or _since_boot_us() >= end_us
+        if watched and is_over():
+            return None  # it may be closed by now
         for number, parts in enumerate(queues):
             if task := parts.consumer.look():
                 return number, task
@@ -1013,13 +1014,17 @@ class _Listing:
     """
 
     def __init__(
-        self, place: _Place, horizon_us: int | None = None, known: Collection[str] = ()
+        self,
+        place: _Place,
+        read: Callable[[str], Collection[str]],
+        horizon_us: int | None = None,
+        known: Collection[str] = (),
     ) -> None:
         self.hidden: set[str] = set()
         self.skipped = False  # something was left to the next listing
         self.empty: list[str] = []  # buckets
         self.returns = place.returns
-        self._place = place
+        self._read = read
         self._end = "~" if horizon_us is None else "%016d~" % horizon_us
         self._known = known
         self._lock = _thread.RLock()  # any thread may ask for the next one
@@ -1039,7 +1044,7 @@ class _Listing:
                 if self._hand and self._hand[-1][0] < self._buckets[-1][len(self._top) + 1 :]:
                     break  # nothing in that bucket is older
                 bucket = self._buckets.pop()
-                names = self._place.names(bucket)
+                names = self._read(bucket)
                 if not names:
                     self.empty.append(bucket)
                 self._take_up(names, bucket)
@@ -1206,7 +1211,12 @@ class _Keeper:
     """What comes back? What is due, or claimed by who is gone or hangs. Sweeps what the dead left."""
 
     def __init__(
-        self, place: _Place, looking: _Looking, pending: _Buckets, scheduled: _Buckets
+        self,
+        place: _Place,
+        looking: _Looking,
+        pending: _Buckets,
+        scheduled: _Buckets,
+        free: set[str],
     ) -> None:
         self._place = place
         self._looking = looking
@@ -1215,7 +1225,7 @@ class _Keeper:
         self._next_look_us = 0
         self._next_sweep_us = 0
         self._departures = 0
-        self._free: set[str] | None = None  # owners of my node_id elsewhere, and what they had claimed
+        self._free = free
         self._warned: set[str] = set()
 
     def is_time(self, now_us: int) -> bool:
@@ -1244,7 +1254,7 @@ class _Keeper:
                     self._next_sweep_us = now_us + _SWEEP_US
                     self._sweep()
                 found = self._move(self._find_abandoned(now_us))
-                self._warn_of_clocks(now_us)
+                self._warn_of_clocks()
             found |= self._move(self._find_due())
         except OSError as error:
             place.set_aside(place.root, error)
@@ -1276,7 +1286,6 @@ class _Keeper:
         place = self._place
         found: list[_Return] = []
         has_company = has_hosts = False
-        free = self.note_own_elsewhere()
         for entry in place.entries(place.path["in_progress"]):
             owner = _parse_owner(entry.name)
             if owner is None or not _is_owner(entry):
@@ -1290,32 +1299,29 @@ class _Keeper:
                 if (claim := _parse(name)) is None or place.passes_over(path):
                     continue
                 id, used, deadline_us, _ = claim
-                if deadline_us < now_us or alive is False or path in free:
+                if deadline_us < now_us or alive is False or path in self._free:
                     found.append((int(id[:16]), id, used, path, False))
                 elif owner[0] == place.owner.node_id and owner[3] != place.owner.process[2]:
                     self._warn_of_name(entry.name)
             if not names:
                 if entry.path == place.owner.directory:
                     place.owner.rest()
-                elif alive is False or entry.path in free:
+                elif alive is False or entry.path in self._free:
                     _try(os.rmdir, entry.path)
         place.has_company, place.has_hosts = has_company, has_hosts
         return found
 
-    def note_own_elsewhere(self) -> set[str]:
+    def note_own_elsewhere(self) -> None:
         """Note what was claimed under my node_id elsewhere: on an earlier boot, in an earlier container.
 
         It is free, for a node_id is in one place at a time. Whoever claims under it after that is alive.
         """
-        if self._free is None:
-            self._free = set()
-            place = self._place
-            for entry in place.entries(place.path["in_progress"]):
-                owner = _parse_owner(entry.name)
-                if owner and owner[0] == place.owner.node_id and _is_elsewhere(owner[3]):
-                    self._free.add(entry.path)
-                    self._free.update(f"{entry.path}/{name}" for name in place.names(entry.path))
-        return self._free
+        place = self._place
+        for entry in place.entries(place.path["in_progress"]):
+            owner = _parse_owner(entry.name)
+            if owner and owner[0] == place.owner.node_id and _is_elsewhere(owner[3]):
+                self._free.add(entry.path)
+                self._free.update(f"{entry.path}/{name}" for name in place.names(entry.path))
 
     def _find_due(self) -> list[_Return]:
         """What is due, at least the earliest of it. What is not is sorted into closer buckets."""
@@ -1390,13 +1396,14 @@ class _Keeper:
         place = self._place
         place.forget_troubles()
         found: list[_Return] = []
-        for name in place.names(place.owner.directory):
-            if claim := _parse(name):
-                path = f"{place.owner.directory}/{name}"
-                found.append((_time_of(name), claim[0], claim[1], path, False))
+        for entry in place.listing(place.owner.directory):
+            if claim := _parse(entry.name):
+                found.append((_time_of(entry.name), claim[0], claim[1], entry.path, False))
+        before = place.passed_over
         self._move(found, whole=True)
         place.sync()
-        place.raise_trouble()
+        if place.passed_over != before:
+            raise OSError(*place.last_trouble)
         _try(os.rmdir, place.owner.directory)
 
     def _warn_of_name(self, owner: str) -> None:
@@ -1411,9 +1418,9 @@ class _Keeper:
                 self._place.owner.name,
             )
 
-    def _warn_of_clocks(self, now_us: int) -> None:
+    def _warn_of_clocks(self) -> None:
         """Between machines, order and leases are as good as their clocks agree."""
-        ahead_s = (now_us - _wall_us()) / 1e6
+        ahead_s = (self._place.clock.now() - _wall_us()) / 1e6
         if self._place.has_hosts and abs(ahead_s) > 1 and "clocks" not in self._warned:
             self._warned.add("clocks")
             _log(
@@ -1453,38 +1460,50 @@ class _Worker:
         self._queues = queues
         self._current: list[tuple[_Claims, FemtoTask]] = []
         self._caught: list[int] = []  # signals
+        self._outer: _Worker | None = None  # whose handler runs this one
+        self._before: dict[int, Any] = {}  # the handlers of signals
+        self._count = 0
         self._complain_us = 0
         self._waiting = _Waiting()
         self._pid = os.getpid()
 
     def run(self, until_empty: bool) -> int:
+        """Defer the signals, and let `close` wait for this thread, while tasks are handled."""
+        places = [parts.place for _, parts in self._queues]
+        restore = self._defer_signals()
+        runs = [place.begin_run(self._waiting) for place in places]
+        try:
+            return self._loop(until_empty)
+        except _SecondSignal:
+            return self._count  # the task is given back, and the signal follows
+        finally:
+            for place, run in zip(places, runs, strict=True):
+                place.end_run(run, self._waiting)
+            restore()
+            if os.getpid() == self._pid:
+                self._raise_caught()
+
+    def _loop(self, until_empty: bool) -> int:
         import threading
 
         ended = threading.Event()
         # As much a daemon as the thread that it serves: so it keeps no process from ending.
         heart = threading.Thread(target=self._keep_alive, args=(ended,))
-        count = 0
-        restore = self._defer_signals()
-        places = [parts.place for _, parts in self._queues]
-        runs = [place.begin_run(self._waiting) for place in places]
+        heart.start()
         try:
-            heart.start()
             while found := self._next(until_empty):
-                count += self._handle(*found)
-        except _SecondSignal:
-            pass  # the task is given back, and the signal follows
+                self._count += self._handle(*found)
         finally:
-            restore()
             ended.set()
             heart.join()
-            for place, run in zip(places, runs, strict=True):
-                place.end_run(run, self._waiting)
-            if os.getpid() == self._pid:
-                self._raise_caught()
-        return count
+        return self._count
 
     def _is_over(self) -> bool:
-        return bool(self._caught) or any(parts.place.is_stopped() for _, parts in self._queues)
+        return self._is_signalled() or any(parts.place.is_stopped() for _, parts in self._queues)
+
+    def _is_signalled(self) -> bool:
+        """Was a signal caught, here or by the run that this one is nested in?"""
+        return bool(self._caught) or (self._outer is not None and self._outer._is_signalled())
 
     def _next(self, until_empty: bool) -> tuple[FemtoQueue, _Claims, FemtoTask] | None:
         """The next task. A worker that stays outlives errors, and logs one a minute."""
@@ -1567,20 +1586,8 @@ class _Worker:
         """Collect signals to end, and interrupt the handler at the second one; return what ends that."""
         import signal
 
-        before: dict[int, Any] = {}
         # What C code installed cannot be restored: Python takes it for the default.
         status = (_read_text("/proc/self/status") or "SigCgt:\t0").partition("SigCgt:")[2].split()[0]
-
-        def catch(number: int, frame: object) -> None:
-            if os.getpid() != self._pid:  # a process that the handler forked
-                signal.signal(number, before[number])
-                signal.raise_signal(number)
-                return
-            self._caught.append(number)
-            for _, parts in self._queues:
-                parts.place.wake()
-            if len(self._caught) == 2 and self._current:
-                raise _SecondSignal
 
         for name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT"):
             number = int(getattr(signal, name, 0))  # Windows has not all of them
@@ -1588,15 +1595,31 @@ class _Worker:
             foreign = was is None or (was == signal.SIG_DFL and int(status, 16) >> (number - 1) & 1)
             if was != signal.SIG_IGN and not foreign:  # ignored: under nohup
                 try:
-                    before[number] = signal.signal(number, catch)
+                    self._before[number] = signal.signal(number, self._catch)
                 except ValueError:
                     break  # not the main thread of the main interpreter
+                if isinstance(outer := getattr(was, "__self__", None), _Worker):
+                    self._outer = outer
 
         def restore() -> None:
-            for number, handler in before.items():
+            for number, handler in self._before.items():
                 signal.signal(number, handler)
 
         return restore
+
+    def _catch(self, number: int, frame: object) -> None:
+        """The handler of the signals that wait."""
+        import signal
+
+        if os.getpid() != self._pid:  # a process that the handler forked
+            signal.signal(number, self._before[number])
+            signal.raise_signal(number)
+            return
+        self._caught.append(number)
+        for _, parts in self._queues:
+            parts.place.wake()
+        if len(self._caught) == 2 and self._current:
+            raise _SecondSignal
 
     def _raise_caught(self) -> None:
         """Let the signals do what they would have done without `run`."""
@@ -1640,7 +1663,7 @@ class _Looking:
         """The ids of a state in their order, each once: some filesystems list a name twice."""
         if state == "pending":
             self._place.check_there()
-            names = (name for name, _ in iter(_Listing(self._place).next, None))
+            names = (name for name, _ in iter(_Listing(self._place, self._readable).next, None))
             ids = (parsed[0] for name in names if (parsed := _parse(name)))
             return (id for id, _ in itertools.groupby(ids))
         if state == "in_progress":
@@ -1658,6 +1681,17 @@ class _Looking:
         finally:
             waiting.close()
 
+    def _readable(self, directory: str) -> Collection[str]:
+        """The names in it, as far as this user may read."""
+        try:
+            return {
+                entry.name
+                for entry in self._place.entries(directory)
+                if entry.is_file(follow_symlinks=False)
+            }
+        except PermissionError:
+            return ()
+
     def count_pending(self) -> int:
         """How many tasks are pending. A bucket that did not change since still holds what it held.
 
@@ -1673,11 +1707,7 @@ class _Looking:
             changed_ns = info.st_mtime_ns if info else 0
             known = self._counted.get(directory)
             if known is None or known[0] != changed_ns or self._place.has_hosts:
-                try:
-                    names = [entry.name for entry in self._place.entries(directory)]
-                except PermissionError:
-                    names = []
-                known = changed_ns, sum(1 for name in names if name[16:17] == "_" and _parse(name))
+                known = changed_ns, sum(1 for name in self._readable(directory) if _parse(name))
             total += known[1]
             if abs(time.time_ns() - changed_ns) > 50_000_000:
                 counted[directory] = known
@@ -1790,8 +1820,11 @@ class _Looking:
                 if (info.st_mtime if os.name == "nt" else info.st_ctime) <= until_s and _unlink(path):
                     count += 1
                     self._place.note(os.path.dirname(path))
-                    if state == "failed":
-                        _try(_unlink, path + _REASON)
+        if state == "failed":
+            for entry in self._place.entries(self._place.path[state]):
+                task, reason, _ = entry.path.rpartition(_REASON)
+                if reason and not os.path.lexists(task):
+                    _try(_unlink, entry.path)
         self._place.sync(self._place.path[state])
         return count
 
@@ -1811,7 +1844,6 @@ class _Looking:
                     waiting.changes()
                     if self._is_empty() and not waiting.changes():
                         return True
-                place.owner.check_open()
                 if place.is_stopped() or _since_boot_us() >= end_us:
                     return False
                 waiting.wait(min(_LOOK_US, end_us - _since_boot_us()) / 1e6)
@@ -1849,7 +1881,9 @@ class _Waiting:
                 self._libc = ctypes.CDLL(None)
                 self._inotify = self._libc.inotify_init1(os.O_NONBLOCK | os.O_CLOEXEC)
                 if self._inotify >= 0:
-                    self._bell = os.eventfd(0)  # by which another thread ends a wait
+                    self._bell = os.eventfd(
+                        0, os.EFD_NONBLOCK | os.EFD_CLOEXEC
+                    )  # by which another thread ends a wait
                     self._poll = select.poll()
                     self._poll.register(self._inotify, select.POLLIN)
                     self._poll.register(self._bell, select.POLLIN)
@@ -1875,6 +1909,7 @@ class _Waiting:
         if self._inotify >= 0:
             if not self._rung:
                 self._poll.poll(max(0, seconds * 1_000))
+            self._hear()
             self.changes()
             return
         # That nothing changed proves nothing: a filesystem's time moves in steps. So not for long.
@@ -1883,6 +1918,17 @@ class _Waiting:
             time.sleep(min(left_s, _POLL_S))
             if self.changes():
                 break
+        self._rung = False
+
+    def _hear(self) -> None:
+        """Forget what woke this: who waits asks then if all is over."""
+        with self._lock:
+            self._rung = False
+            if sys.platform == "linux" and self._bell >= 0:
+                try:
+                    os.eventfd_read(self._bell)
+                except BlockingIOError:
+                    pass
 
     def changes(self) -> set[str]:
         """The names that came or went since this was asked before; "" for one that cannot be told."""
@@ -1950,6 +1996,7 @@ class _Place:
         self.clock = _Clock(self)
         # By path, what cannot be had is set aside for a minute; here with its error, as OSError takes it.
         self.troubles: dict[str, tuple[int | None, str | None, object]] = {}
+        self.last_trouble: tuple[int | None, str | None, object] = (None, None, None)
         self.passed_over = 0  # how often something was, or is still, set aside
         self.has_company = False  # other processes claim tasks, so far as the last look told
         self.has_hosts = False  # other machines or containers do
@@ -2113,6 +2160,8 @@ class _Place:
             return False
         if reason:
             self._write_reason(target + _REASON, reason)
+        elif state == "failed":
+            _try(_unlink, target + _REASON)  # of an earlier time
         return True
 
     def _write_reason(self, path: str, reason: str) -> None:
@@ -2142,12 +2191,15 @@ class _Place:
             return
         self.note(*directories)
         with self._lock:
-            for directory in list(self._touched):
-                self._touched.pop(directory)  # before: what is renamed meanwhile notes it again
+            # A signal handler may come in between, and sync the rest: so ask each time what is left.
+            while touched := list(self._touched):
+                del self._touched[touched[0]]  # before: what is renamed meanwhile notes it again
                 try:
-                    _sync_directory(directory)
+                    _sync_directory(touched[0])
                 except BaseException:
-                    self._touched = {directory: None, **self._touched}
+                    rest = dict.fromkeys(self._touched)
+                    self._touched.clear()  # the same one, which other threads have in hand
+                    self._touched.update({touched[0]: None, **rest})
                     raise
 
     # Listing. What cannot be read or moved holds up no other task.
@@ -2187,7 +2239,8 @@ class _Place:
     def set_aside(self, path: str, error: OSError) -> None:
         """Note what cannot be had, for a minute, and log it once in that time."""
         # Not the error itself: its traceback's frames would keep the queue alive.
-        self.troubles[path] = error.errno, error.strerror, error.filename or path
+        self.last_trouble = error.errno, error.strerror, error.filename or path
+        self.troubles[path] = self.last_trouble
         self.passed_over += 1
         if path not in self._told:
             self._told.add(path)
@@ -2198,11 +2251,6 @@ class _Place:
         found = path in self.troubles
         self.passed_over += found
         return found
-
-    def raise_trouble(self) -> None:
-        """Raise the first error of what is set aside."""
-        for trouble in list(self.troubles.values())[:1]:
-            raise OSError(*trouble)
 
     def forget_troubles(self) -> None:
         self.troubles.clear()
