@@ -165,7 +165,10 @@ class FemtoTask:
 
     @property
     def lost(self) -> bool:
-        """True once the lease is over, by the clock: another worker may have the task by now."""
+        """True once the lease is over, by the clock: another worker may have the task by now.
+
+        In another process, which got the task pickled, this is known once `touch` was called there.
+        """
         if self._verdict or self._clock is None:
             return self._was_taken
         return self._was_taken or self._clock.now() > self._deadline_us
@@ -236,13 +239,18 @@ class FemtoQueue:
 
     def _here(self) -> _Parts:
         """The parts of this process. A child has its own, however it was forked: it claims as itself."""
+        parts = self._own_parts()
+        parts.owner.check_open()
+        return parts
+
+    def _own_parts(self) -> _Parts:
         pid = os.getpid()
         parts = self._parts.get(pid)
         if parts is None:
-            parts = self._parts.setdefault(pid, _Parts(self))  # the same for all threads
+            last = next(iter(self._parts.values()), None)  # its parent's
+            parts = self._parts.setdefault(pid, _Parts(self, last))  # the same for all threads
             for other in set(self._parts) - {pid}:
                 self._parts.pop(other, None)
-        parts.owner.check_open()
         return parts
 
     def __del__(self) -> None:
@@ -471,10 +479,10 @@ class FemtoQueue:
         Ends this object's `run` first, and waits for it; called by its handler, it raises
         FemtoQueueError (use `stop`).
         """
-        if parts := self._parts.get(os.getpid()):
-            parts.place.stop_and_wait()
-            parts.owner.close()
-            parts.keeper.give_back_own()  # or somebody else will, should this raise
+        parts = self._own_parts()
+        parts.place.stop_and_wait()
+        parts.owner.close()
+        parts.keeper.give_back_own()  # or somebody else will, should this raise
 
     def __enter__(self) -> FemtoQueue:
         self._here()
@@ -487,9 +495,12 @@ class FemtoQueue:
 class _Parts:
     """The parts behind one FemtoQueue object in one process. Nothing in them may survive a fork."""
 
-    def __init__(self, queue: FemtoQueue) -> None:
+    def __init__(self, queue: FemtoQueue, last: _Parts | None) -> None:
         self.place = place = _Place(queue)
         self.owner = place.owner
+        if last:  # what was stopped or closed before a fork is so in the child
+            place.inherit(last.place)
+            self.owner.inherit(last.owner)
         pending, scheduled = _Buckets(place, "pending"), _Buckets(place, "scheduled")
         self.looking = _Looking(place)
         self.keeper = _Keeper(place, self.looking, pending, scheduled, queue._free)
@@ -517,12 +528,17 @@ class _Producer:
 
     def add(self, chunks: Iterable[bytes], due_us: int | None = None) -> str:
         """Write a task and publish it: as pending, or as scheduled if it has a due time."""
-        place = self._place
         if self._room and due_us is None:
             self._room.take()
-        time_us = place.clock.stamp()
-        if due_us is not None:
-            time_us = max(time_us, due_us)
+            try:
+                return self._add(chunks, None)
+            finally:
+                self._room.arrived()
+        return self._add(chunks, due_us)
+
+    def _add(self, chunks: Iterable[bytes], due_us: int | None) -> str:
+        place = self._place
+        time_us = max(place.clock.stamp(), due_us or 0)
         stem = self._new_stem(time_us)
         draft = place.owner.draft + stem
         try:
@@ -569,10 +585,12 @@ class _Producer:
         drafts: list[tuple[str, int, str]] = []  # path, time, id
         added: list[str] = []
         open_files: list[int] = []
+        taken = 0
         try:
             for data in items:
                 if self._room:
-                    self._room.take(len(drafts))
+                    self._room.take()
+                    taken += 1
                 time_us = place.clock.stamp()
                 stem = self._new_stem(time_us)
                 path = place.owner.draft + stem
@@ -598,12 +616,14 @@ class _Producer:
         finally:
             for descriptor in open_files:
                 _try(os.close, descriptor)
+            if self._room:
+                self._room.arrived(taken)
         return [id for _, _, id in drafts]
 
     def add_file(self, source: str, move: bool) -> str:
         """Push a file that a caller named: its content, or itself."""
         try:
-            if move and (id := self._add_by_rename(source)):
+            if move and (id := self._take_and_rename(source)):
                 return id
             descriptor = _open_regular(source, _READ_FLAGS & ~_NO_FOLLOW)
             try:
@@ -617,12 +637,19 @@ class _Producer:
             raise
         return id
 
+    def _take_and_rename(self, source: str) -> str | None:
+        if not self._room:
+            return self._add_by_rename(source)
+        self._room.take()
+        try:
+            return self._add_by_rename(source)
+        finally:
+            self._room.arrived()
+
     def _add_by_rename(self, source: str) -> str | None:
         """Make the file itself a task; None if it lies on another filesystem."""
         if os.path.islink(source):
             raise ValueError(f"path: {source!r} is a symbolic link; move the file that it points to")
-        if self._room:
-            self._room.take()
         # Windows only syncs what is open for writing, and renames nothing that is open.
         descriptor = _open_regular(source, _READ_FLAGS | (os.O_RDWR if os.name == "nt" else 0))
         try:
@@ -660,22 +687,31 @@ class _Room:
     def __init__(self, place: _Place, looking: _Looking) -> None:
         self._place = place
         self._looking = looking
+        self._lock = _thread.RLock()  # reentrant, for signal handlers
         self._free = 0  # so many may come before it is counted again
         self._claimed = 0  # our own claims, less what came back: up to here in `_free`
+        self._under_way = 0  # taken, but not published yet: the count does not see them
 
-    def take(self, unpublished: int = 0) -> None:
-        """Raise queue.Full if there is no room beside those that are still to be published."""
-        claimed = self._place.claimed - self._place.returns
-        self._free += claimed - self._claimed
-        self._claimed = claimed
-        if self._free <= 0:
-            free = self._place.maxsize - unpublished - self._looking.count_pending()
-            if free <= 0:
-                import queue
+    def take(self) -> None:
+        """Raise queue.Full if there is no room."""
+        with self._lock:
+            claimed = self._place.claimed - self._place.returns
+            self._free += claimed - self._claimed
+            self._claimed = claimed
+            if self._free <= 0:
+                free = self._place.maxsize - self._under_way - self._looking.count_pending()
+                if free <= 0:
+                    import queue
 
-                raise queue.Full(f"{self._place.maxsize} tasks are pending in {self._place.root}")
-            self._free = (free + 1) // 2  # the other half is for other producers
-        self._free -= 1
+                    raise queue.Full(f"{self._place.maxsize} tasks are pending in {self._place.root}")
+                self._free = (free + 1) // 2  # the other half is for other producers
+            self._free -= 1
+            self._under_way += 1
+
+    def arrived(self, count: int = 1) -> None:
+        """What was taken is pending now, or failed."""
+        with self._lock:
+            self._under_way -= count
 
 
 class _Bucket:
@@ -935,7 +971,10 @@ class _Consumer:
             if self._undelivered:
                 there = {entry.path for entry in self._place.entries(self._place.owner.directory)}
                 for path, source in list(self._undelivered.items()):
-                    done += path in there and _rename(path, source)
+                    if path in there and not _rename(path, source):  # its bucket was empty, and removed
+                        name = os.path.basename(source)
+                        self._pending.put(path, _time_of(_order(name)), name)
+                    done += path in there
                     self._undelivered.pop(path, None)
         except OSError:
             pass
@@ -959,9 +998,10 @@ class _Consumer:
                 _unlink(path)
                 return None
             data: bytes | None = os.read(descriptor, _SMALL)
-            if not data or len(data) == _SMALL:
+            crc = zlib.crc32(data or b"")
+            if not id.endswith(".%08x" % crc):  # there is more of it, or the name tells nothing
                 data = _read_more(descriptor, path, data or b"")
-            crc = _crc(descriptor) if data is None else zlib.crc32(data)
+                crc = _crc(descriptor) if data is None else zlib.crc32(data)
         finally:
             os.close(descriptor)
         # A name that a shell script made has no checksum, and is taken as it is.
@@ -1196,7 +1236,7 @@ def _renew(place: _Place, task: FemtoTask, path: str) -> bool:
     target = f"{os.path.dirname(path)}/{_format(task.id, task.attempt, deadline_us, since_us)}"
     if not _rename(path, target):
         return False
-    task.path, task._deadline_us = target, deadline_us
+    task.path, task._deadline_us, task._clock = target, deadline_us, place.clock
     return True
 
 
@@ -1587,12 +1627,14 @@ class _Worker:
         import signal
 
         # What C code installed cannot be restored: Python takes it for the default.
-        status = (_read_text("/proc/self/status") or "SigCgt:\t0").partition("SigCgt:")[2].split()[0]
+        caught = _read_proc("/proc/self/status").partition("SigCgt:")[2].split()[:1]
 
         for name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT"):
             number = int(getattr(signal, name, 0))  # Windows has not all of them
             was = signal.getsignal(number) if number else signal.SIG_IGN
-            foreign = was is None or (was == signal.SIG_DFL and int(status, 16) >> (number - 1) & 1)
+            foreign = was is None or (
+                was == signal.SIG_DFL and int("".join(caught) or "0", 16) >> (number - 1) & 1
+            )
             if was != signal.SIG_IGN and not foreign:  # ignored: under nohup
                 try:
                     self._before[number] = signal.signal(number, self._catch)
@@ -1647,17 +1689,22 @@ class _Looking:
         """
         self._place.check_there()
         top = self._place.path[state]
-        inner = () if state in _FINISHED else self._place.inner(state)
-        for directory in (top, *inner):
-            if state == "in_progress" and directory == top:
-                continue  # a claim lies in its owner's directory
-            try:
-                for entry in self._place.entries(directory):
-                    if (parsed := _parse(entry.name)) and entry.is_file(follow_symlinks=False):
-                        yield (*parsed[:3], entry.path)
-            except PermissionError:
-                if directory == top:
-                    raise
+        seen: set[str] = set()
+        found = [] if state == "in_progress" else [top]  # a claim lies in its owner's directory
+        while True:
+            for directory in found:
+                seen.add(directory)
+                try:
+                    for entry in self._place.entries(directory):
+                        if (parsed := _parse(entry.name)) and entry.is_file(follow_symlinks=False):
+                            yield (*parsed[:3], entry.path)
+                except PermissionError:
+                    if directory == top:
+                        raise
+            inner = () if state in _FINISHED else self._place.inner(state)
+            found = [directory for directory in inner if directory not in seen]  # or made meanwhile
+            if not found:
+                return
 
     def ids(self, state: str) -> Iterator[str]:
         """The ids of a state in their order, each once: some filesystems list a name twice."""
@@ -1698,18 +1745,18 @@ class _Looking:
         A change within the same tick of the filesystem's clock would not show: so what was changed
         just now is not trusted, and nothing is where other machines take part.
         """
-        total, counted = 0, {}
+        total, counted, has_hosts = 0, {}, self.has_hosts()
         for directory in (
             self._place.path["pending"],
             *self._place.inner("pending"),
         ):
-            info = _lstat(directory)
+            now_ns, info = time.time_ns(), _lstat(directory)
             changed_ns = info.st_mtime_ns if info else 0
             known = self._counted.get(directory)
-            if known is None or known[0] != changed_ns or self._place.has_hosts:
+            if known is None or known[0] != changed_ns or has_hosts:
                 known = changed_ns, sum(1 for name in self._readable(directory) if _parse(name))
             total += known[1]
-            if abs(time.time_ns() - changed_ns) > 50_000_000:
+            if abs(now_ns - changed_ns) > 50_000_000:
                 counted[directory] = known
         self._counted = counted
         return total
@@ -1731,7 +1778,7 @@ class _Looking:
                 if not any(name.startswith(id) or not _parse(name) for name in waiting.changes()):
                     return
         finally:
-            waiting.close()
+            waiting.close(in_place=True)
 
     def _is_id(self, id: str) -> bool:
         """May this become a path? It comes from outside; a task's name by our grammar harms nobody."""
@@ -1787,13 +1834,8 @@ class _Looking:
 
     def reason(self, id: str) -> str | None:
         """Why a task failed."""
-        for _, path in self._find_quickly(id, ("failed",)) if self._is_id(id) else ():
-            try:
-                with open(path + _REASON, encoding="utf-8", errors="replace") as file:
-                    return file.read()
-            except FileNotFoundError:
-                pass
-        return None
+        found = list(self._find_quickly(id, ("failed",))) if self._is_id(id) else ()
+        return _read_text(found[0][1] + _REASON) if found else None
 
     def has_hosts(self) -> bool:
         """Do other machines or containers take part?"""
@@ -1895,14 +1937,13 @@ class _Waiting:
         if self._libc is None:
             self._open()
         mask = 0x1000180 | 0x240 * departures  # ONLYDIR, CREATE, MOVED_TO; DELETE, MOVED_FROM
-        self._times.clear()
-        for directory in directories:
-            if self._inotify >= 0:
-                path = os.fsencode(directory)
-                if self._libc.inotify_add_watch(self._inotify, path, mask) < 0 and os.path.isdir(path):
-                    self.close()  # no more watches are to be had
-            if self._inotify < 0:
-                self._times[directory] = _modified([directory])
+        paths = list(directories)
+        for path in paths if self._inotify >= 0 else ():
+            added = self._libc.inotify_add_watch(self._inotify, os.fsencode(path), mask)
+            if added < 0 and os.path.isdir(path):
+                self.close()  # no more watches are to be had
+                break
+        self._times = {} if self._inotify >= 0 else {path: _modified([path]) for path in paths}
 
     def wait(self, seconds: float) -> None:
         """Sleep until something changes, somebody wakes it, or so much time is over."""
@@ -1933,7 +1974,12 @@ class _Waiting:
     def changes(self) -> set[str]:
         """The names that came or went since this was asked before; "" for one that cannot be told."""
         if self._inotify < 0:
-            return {"" for path, before in self._times.items() if _modified([path]) != before}
+            # What changed within the tick of the filesystem's clock may have changed again.
+            new_s = time.time() - 0.02
+            times = self._times.items()
+            return {
+                "" for path, was in times if max(was, default=0) > new_s or _modified([path]) != was
+            }
         names: set[str] = set()
         try:
             while events := os.read(self._inotify, 65_536):
@@ -1964,16 +2010,22 @@ class _Waiting:
             inotify, bell, self._inotify, self._bell = self._inotify, self._bell, -1, -1
         if bell >= 0:
             os.close(bell)
-        if inotify >= 0:
-            try:
-                if in_place:
-                    os.close(inotify)
-                else:
-                    import threading
+        if inotify >= 0 and (in_place or not _closing.acquire(False)):
+            os.close(inotify)
+        elif inotify >= 0:
+            import threading
 
-                    threading.Thread(target=os.close, args=(inotify,)).start()
-            except RuntimeError:  # no more threads are to be had
+            def close() -> None:
                 os.close(inotify)
+                _closing.release()
+
+            try:
+                threading.Thread(target=close).start()
+            except RuntimeError:  # no more threads are to be had
+                close()
+
+
+_closing = _thread.allocate_lock()  # held while a thread does it: one at a time is enough
 
 
 # --- the directory ------------------------------------------------------------------------------------
@@ -2021,6 +2073,42 @@ class _Place:
                     f"{self.root} is a directory of the original femtoqueue 0.3 or 0.4; it is left as it "
                     'is. README says under "From the original femtoqueue" how to move its tasks over'
                 )
+            self._make_all()
+        elif layout > _LAYOUT:
+            raise FemtoQueueError(
+                f"{self.root} has layout {layout}, and this copy of femtoqueue.py knows {_LAYOUT}; "
+                "replace the copy by a later version"
+            )
+        try:  # even if it was there: whoever made it need not have been durable
+            self.sync(os.path.dirname(self.root), self.root)
+        except PermissionError:
+            self._touched.clear()  # of a directory that may only be passed through
+
+    def _read_layout(self) -> int | None:
+        """The version that the directory says it has; None if it says nothing."""
+        text = _read_text(self.layout)
+        if text is None:
+            return None
+        words = text.partition("\n")[0].split()
+        if len(words) != 3 or words[:2] != ["femtoqueue", "layout"] or not _is_digits(words[2]):
+            raise FemtoQueueError(
+                f"{self.layout} names no version; it should begin: femtoqueue layout 1"
+            )
+        return int(words[2])
+
+    def _make_all(self) -> None:
+        """Make the directory; last of all its version file: without it, the next opening does the same.
+
+        Who may only look, or only delete, needs neither: then errors of rights and room are no obstacle.
+        """
+        found = os.path.isdir(self.root)
+        draft = self.owner.draft + "%016d" % _wall_us()
+        text = (
+            f"femtoqueue layout {_LAYOUT}\n"
+            "This directory is a task queue. Each file below a state's directory is one task.\n"
+            "A copy of femtoqueue.py opens it only if it knows this layout.\n"
+        )
+        try:
             for path in (self.root, *self.path.values()):
                 self.note(*map(os.path.dirname, _make_directories(path)))
                 _try(self._share, path)
@@ -2029,43 +2117,13 @@ class _Place:
                 above = os.path.dirname(above)  # an earlier opening may have made it, and failed
                 _try(_sync_directory, above)
             self.sync()
-            self._write_layout()
-        elif layout > _LAYOUT:
-            raise FemtoQueueError(
-                f"{self.root} has layout {layout}, and this copy of femtoqueue.py knows {_LAYOUT}; "
-                "replace the copy by a later version"
-            )
-        # Even if it was there: whoever made it need not have been durable.
-        self.sync(os.path.dirname(self.root), self.root)
-
-    def _read_layout(self) -> int | None:
-        """The version that the directory says it has; None if it says nothing."""
-        try:
-            with open(self.layout, "rb") as file:
-                words = file.readline(100).decode("ascii", "replace").split()
-        except (FileNotFoundError, NotADirectoryError):
-            return None
-        if len(words) != 3 or words[:2] != ["femtoqueue", "layout"] or not _is_digits(words[2]):
-            raise FemtoQueueError(
-                f"{self.layout} says no version; it should begin with: femtoqueue layout 1"
-            )
-        return int(words[2])
-
-    def _write_layout(self) -> None:
-        """Last of all: as long as it is missing, whoever opens the directory makes what is missing."""
-        text = (
-            f"femtoqueue layout {_LAYOUT}\n"
-            "This directory is a task queue. Each file below a state's directory is one task.\n"
-            "A copy of femtoqueue.py opens it only if it knows this layout.\n"
-        )
-        draft = self.owner.draft + "%016d" % _wall_us()
-        try:
             self.write(draft, (text.encode(),), shared=True)
             _rename(draft, self.layout)
         except OSError as error:
-            # Whoever may only look, or only delete, needs none.
-            if error.errno not in (*_FULL, errno.EACCES, errno.EPERM, errno.EEXIST):
+            if not found or error.errno not in (*_FULL, errno.EACCES, errno.EPERM, errno.EEXIST):
                 raise
+            if not os.path.lexists(self.layout):
+                self.layout = self.root  # whose presence must do
         finally:
             _try(_unlink, draft)
 
@@ -2268,6 +2326,9 @@ class _Place:
 
     # Those who wait, and those who run.
 
+    def inherit(self, last: _Place) -> None:
+        self._is_stopped = last._is_stopped
+
     def is_stopped(self) -> bool:
         return self._is_stopped
 
@@ -2305,11 +2366,10 @@ class _Place:
 
     def stop_and_wait(self) -> None:
         """Stop, and wait until nothing runs any more."""
-        runs = list(self._runs)
-        if any(thread == _thread.get_ident() for thread, _ in runs):
+        if any(thread == _thread.get_ident() for thread, _ in list(self._runs)):
             raise FemtoQueueError("close() was called by the handler that run() runs; use stop()")
-        self.stop()
-        for _, lock in runs:
+        self.stop()  # before it is asked what runs: what begins later ends at once
+        for _, lock in list(self._runs):
             with lock:
                 pass
 
@@ -2424,19 +2484,7 @@ def _end_us(timeout_s: float | None) -> float:
 
 def _read_offset(path: str) -> int | None:
     """The clock's offset; None if there is no such file, or it is broken."""
-    try:
-        descriptor = os.open(path, _READ_FLAGS)
-    except OSError as error:
-        if error.errno in (errno.ENOENT, errno.ELOOP, errno.ENXIO):
-            return None  # not there, a link, a socket
-        raise
-    try:
-        text = os.read(descriptor, 100).decode("ascii", "replace")
-    except OSError as error:
-        _add_path(error, path)
-        raise
-    finally:
-        os.close(descriptor)
+    text = _read_text(path) or ""
     # The line's end is what a half-written number lacks.
     if not (text.endswith("\n") and _is_digits(text[:-1].removeprefix("-"))):
         return None
@@ -2489,6 +2537,9 @@ class _Owner:
                 _try(os.rmdir, self.directory)
         self._claims_before = self._claims
 
+    def inherit(self, last: _Owner) -> None:
+        self._is_closed = last._is_closed
+
     def check_open(self) -> None:
         """Raise FemtoQueueError once this is closed."""
         if self._is_closed:
@@ -2520,7 +2571,7 @@ class _Identity:
         self.pid = os.getpid()
         itself = _read_process("self")
         self.start = itself[2] if itself else "0"
-        boot = (_read_text("/proc/sys/kernel/random/boot_id") or "").replace("-", "")[:12]
+        boot = _read_proc("/proc/sys/kernel/random/boot_id").replace("-", "")[:12]
         # A time namespace has a clock of its own. None where the boot cannot be told.
         self.boot = f"{boot}.{_namespace('time')}" if boot else None
         # With a dot in it, it can be compared.
@@ -2580,8 +2631,8 @@ def _host_name() -> str:
     return os.uname().nodename
 
 
-def _read_text(path: str) -> str | None:
-    """A file of /proc; None if there is none for us.
+def _read_proc(path: str) -> str:
+    """A file of /proc; empty if there is none for us.
 
     Other errors are raised: a process short of descriptors must not take itself for another one.
     """
@@ -2589,7 +2640,7 @@ def _read_text(path: str) -> str | None:
         with open(path, "rb") as file:
             return file.read().decode("ascii", "replace").strip()
     except (FileNotFoundError, NotADirectoryError, PermissionError, ProcessLookupError):
-        return None
+        return ""
 
 
 def _read_link(path: str) -> str:
@@ -2607,7 +2658,7 @@ def _namespace(kind: str) -> str:
 
 def _read_process(pid: int | str) -> tuple[str, int, str] | None:
     """State, number of threads and start time of a process; None if /proc does not tell: proc(5)."""
-    fields = (_read_text(f"/proc/{pid}/stat") or "").rpartition(")")[2].split()
+    fields = _read_proc(f"/proc/{pid}/stat").rpartition(")")[2].split()
     return (fields[0], int(fields[17]), fields[19]) if len(fields) > 19 else None
 
 
@@ -2711,6 +2762,23 @@ def _is_bucket(entry: os.DirEntry[str]) -> bool:
 
 def _is_owner(entry: os.DirEntry[str]) -> bool:
     return _parse_owner(entry.name) is not None and entry.is_dir(follow_symlinks=False)
+
+
+def _read_text(path: str) -> str | None:
+    """A text that lies beside the tasks; None if there is none, or a link or FIFO has its name."""
+    try:
+        descriptor = os.open(path, _READ_FLAGS)
+    except OSError as error:
+        if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENXIO):
+            return None
+        raise
+    try:
+        return os.read(descriptor, _CHUNK).decode("utf-8", "replace")
+    except OSError as error:
+        _add_path(error, path)
+        raise
+    finally:
+        os.close(descriptor)
 
 
 def _find_claim(directory: str, id: str, attempt: int, names: Iterable[str]) -> str | None:
