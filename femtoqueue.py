@@ -745,9 +745,10 @@ class _Buckets:
             target = f"{bucket.path}/{name}"
             try:
                 if _rename(source, target):
-                    if not source.startswith(self._place.path["creating"]):
-                        self._place.note(os.path.dirname(source))
-                    self._place.note(bucket.path)
+                    old = os.path.dirname(source)
+                    if old == self._place.path["creating"]:  # what comes back there is no task
+                        old = bucket.path
+                    self._place.note(old, bucket.path)
                     return bucket.path
             except BaseException as error:
                 _try(_rename, target, source)  # for what came when that was done
@@ -871,8 +872,8 @@ class _Consumer:
             self._pending.remove_empty(listing.empty)
             if listing.hidden or listing.skipped or sum(tried.values()) > before:
                 known = listing.hidden
-            elif self._keeper.is_time(place.clock.now()):
-                self._keeper.bring_back()
+            elif self._keeper.is_time(place.clock.now()) and self._keeper.bring_back():
+                continue
             elif not self._put_back(mine):
                 return None
 
@@ -1068,7 +1069,8 @@ class _Listing:
         self._end = "~" if horizon_us is None else "%016d~" % horizon_us
         self._known = known
         self._lock = _thread.RLock()  # any thread may ask for the next one
-        self._top = top = place.path["pending"]
+        top = place.path["pending"]
+        self._cut = len(top) + 1
         entries = _twice(place.listing, top)
         # Both in descending order, so that the next one is the last.
         self._buckets = sorted((entry.path for entry in entries if _is_bucket(entry)), reverse=True)
@@ -1080,15 +1082,19 @@ class _Listing:
     def next(self) -> tuple[str, str] | None:
         """Name and directory of the next one; None behind the last."""
         with self._lock:
-            while self._buckets:
-                if self._hand and self._hand[-1][0] < self._buckets[-1][len(self._top) + 1 :]:
-                    break  # nothing in that bucket is older
-                bucket = self._buckets.pop()
-                names = self._read(bucket)
-                if not names:
-                    self.empty.append(bucket)
-                self._take_up(names, bucket)
-            return self._hand.pop()[1:] if self._hand else None
+            while True:
+                try:
+                    while self._buckets:
+                        if self._hand and self._hand[-1][0] < self._buckets[-1][self._cut :]:
+                            break  # nothing in that bucket is older
+                        bucket = self._buckets.pop()
+                        names = self._read(bucket)
+                        if not names:
+                            self.empty.append(bucket)
+                        self._take_up(names, bucket)
+                    return self._hand.pop()[1:] if self._hand else None
+                except IndexError:
+                    pass  # a signal handler that pops came in between
 
     def _take_up(self, names: Iterable[str], directory: str) -> None:
         """Add the tasks of a directory to those in hand."""
@@ -1304,8 +1310,6 @@ class _Keeper:
     def _move(self, tasks: list[_Return], whole: bool = False) -> bool:
         """Make tasks pending, the first ones by their order; tell if any was, or others may be."""
         place, moved, more = self._place, 0, len(tasks) > _BATCH and not whole
-        if more:
-            self._next_look_us = 0  # the rest at the next look, which comes at once
         for _, id, used, path, is_new in sorted(tasks)[: None if whole else _BATCH]:
             place_us, name = _old_place(id, used, place.clock, is_new)
             try:
@@ -1319,6 +1323,8 @@ class _Keeper:
                 if os.name != "nt" or not isinstance(error, PermissionError):
                     place.set_aside(path, error)
         place.returns += moved
+        if more:
+            self._next_look_us = 0  # the rest at the next look, which comes at once
         return moved > 0 or more  # what is set aside makes room in a batch for others
 
     def _find_abandoned(self, now_us: int) -> list[_Return]:
@@ -1681,7 +1687,7 @@ class _Looking:
         self._place = place
         self._counted: dict[str, tuple[int, int]] = {}  # by bucket: its change time, how many tasks
 
-    def walk(self, state: str) -> Iterator[tuple[str, int, int, str]]:
+    def walk(self, state: str, strict: bool = False) -> Iterator[tuple[str, int, int, str]]:
         """Id, attempts, due time or deadline, and path of the tasks of `state` that this user may read.
 
         The oldest directory first: a scheduled task that is moved closer meanwhile goes to a younger one,
@@ -1699,7 +1705,7 @@ class _Looking:
                         if (parsed := _parse(entry.name)) and entry.is_file(follow_symlinks=False):
                             yield (*parsed[:3], entry.path)
                 except PermissionError:
-                    if directory == top:
+                    if strict or directory == top:
                         raise
             inner = () if state in _FINISHED else self._place.inner(state)
             found = [directory for directory in inner if directory not in seen]  # or made meanwhile
@@ -1896,7 +1902,7 @@ class _Looking:
             waiting.close()
 
     def _is_empty(self) -> bool:
-        return not any(True for state in _UNFINISHED for _ in self.walk(state))
+        return not any(True for state in _UNFINISHED for _ in self.walk(state, strict=True))
 
 
 class _Waiting:
@@ -1936,7 +1942,9 @@ class _Waiting:
         """Begin, or go on, to watch these for what comes, and for what goes if `departures`."""
         if self._libc is None:
             self._open()
-        mask = 0x1000180 | 0x240 * departures  # ONLYDIR, CREATE, MOVED_TO; DELETE, MOVED_FROM
+        # ONLYDIR, CREATE, MOVED_TO, and DELETE, MOVED_FROM; or else ONESHOT: a worker that is busy again
+        # must cost those nothing who push.
+        mask = 0x1000180 | (0x240 if departures else 0x80000000)
         paths = list(directories)
         for path in paths if self._inotify >= 0 else ():
             added = self._libc.inotify_add_watch(self._inotify, os.fsencode(path), mask)
@@ -2056,8 +2064,8 @@ class _Place:
         self.returns = 0  # and how many it put back, perhaps before what is listed already
         self._told: set[str] = set()
         self._gift: tuple[int, int] | None = None  # owner and group of the directory, once root asked
-        self._touched: dict[str, None] = {}  # directories to sync, the old side of a rename first
-        self._lock = _thread.RLock()  # reentrant: a signal handler may push in the midst of a push
+        changes = _Changes(self.durable)
+        self.note, self.sync, self.forget_changes = changes.note, changes.sync, changes.forget
         self._waiting: set[_Waiting] = set()
         self._runs: list[tuple[int, Any]] = []  # a thread, and the lock that it holds while it runs
         self._is_stopped = False
@@ -2082,7 +2090,7 @@ class _Place:
         try:  # even if it was there: whoever made it need not have been durable
             self.sync(os.path.dirname(self.root), self.root)
         except PermissionError:
-            self._touched.clear()  # of a directory that may only be passed through
+            self.forget_changes()  # of a directory that may only be passed through
 
     def _read_layout(self) -> int | None:
         """The version that the directory says it has; None if it says nothing."""
@@ -2234,32 +2242,6 @@ class _Place:
         except OSError as error:
             _log("%s: the reason could not be noted: %s", path, error)
 
-    def note(self, *directories: str) -> None:
-        """Have them synced by the next `sync`: after the rename, for another thread's may come at once."""
-        if self.durable:
-            self._touched.update(dict.fromkeys(directories))
-
-    def sync(self, *directories: str) -> None:
-        """Make what was renamed in these, and those noted, survive a power cut: the old side first.
-
-        On btrfs, a file whose new name alone is certain comes back under the old one as well. Threads
-        that finish at the same time share a sync: what one took up is on disk once another has the lock.
-        """
-        if not self.durable:
-            return
-        self.note(*directories)
-        with self._lock:
-            # A signal handler may come in between, and sync the rest: so ask each time what is left.
-            while touched := list(self._touched):
-                del self._touched[touched[0]]  # before: what is renamed meanwhile notes it again
-                try:
-                    _sync_directory(touched[0])
-                except BaseException:
-                    rest = dict.fromkeys(self._touched)
-                    self._touched.clear()  # the same one, which other threads have in hand
-                    self._touched.update({touched[0]: None, **rest})
-                    raise
-
     # Listing. What cannot be read or moved holds up no other task.
 
     def entries(self, directory: str) -> Iterator[os.DirEntry[str]]:
@@ -2374,6 +2356,60 @@ class _Place:
                 pass
 
 
+class _Changes:
+    """Which directories changed, that are to survive a power cut? The old side of each rename first.
+
+    On btrfs, a file whose new name alone is certain comes back under the old one as well.
+    """
+
+    def __init__(self, durable: bool) -> None:
+        self._durable = durable
+        self._touched: dict[str, None] = {}  # in the order in which they are to be synced
+        self._lock = _thread.RLock()  # reentrant: a signal handler may push in the midst of a push
+        self._sync_lock = _thread.RLock()
+
+    def note(self, *directories: str) -> None:
+        """Have them synced by the next `sync`: after the rename, for another thread's may come at once.
+
+        The last one is the new side: what is noted with it goes before it. One alone is an old side.
+        """
+        if self._durable and directories:
+            with self._lock:
+                later = dict(self._touched)
+                if len(directories) == 1 or directories[-1] in later:
+                    self._touched = {**dict.fromkeys(directories), **later}
+                else:
+                    self._touched.update(dict.fromkeys(directories))
+
+    def sync(self, *directories: str) -> None:
+        """Make what was renamed in these, and those noted, survive a power cut.
+
+        Threads that finish at the same time share a sync: what one took up is on disk once another has
+        the lock. What could not be synced stays noted.
+        """
+        if not self._durable:
+            return
+        self.note(*directories)
+        with self._sync_lock:
+            while directory := self._take():
+                try:
+                    _sync_directory(directory)
+                except BaseException:
+                    self.note(directory)
+                    raise
+
+    def _take(self) -> str:
+        with self._lock:
+            for directory in self._touched:
+                del self._touched[directory]  # before: what is renamed meanwhile notes it again
+                return directory
+        return ""
+
+    def forget(self) -> None:
+        with self._lock:
+            self._touched = {}
+
+
 # --- time ---------------------------------------------------------------------------------------------
 
 
@@ -2428,6 +2464,7 @@ class _Clock:
                 if first_us is not None:
                     return first_us
                 _rename(draft, self.path)  # over a broken one, or on a filesystem without hard links
+                offset_us = _read_offset(self.path) or offset_us
             place.sync(place.root)
         finally:
             _try(_unlink, draft)
@@ -3137,7 +3174,10 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _complain(message: object) -> int:
-    print(f"femtoqueue: {message}", file=sys.stderr)
+    try:
+        print(f"femtoqueue: {message}", file=sys.stderr or open(os.devnull, "w"))
+    except OSError:
+        pass  # nobody reads that any more
     return 1
 
 
