@@ -837,9 +837,14 @@ class _Consumer:
                 task = self._first_of(listing, {}, mine)
                 if task is not None:
                     return task  # the usual case
-            for again in (False, True):
-                uneasy, before = bool(place.troubles), place.passed_over
-                task = self._look_everywhere(mine)
+            for again in (0, 1):
+                # Another thread that tries once more what was set aside has it in hand.
+                uneasy, before = bool(place.troubles) or place.retrying > 0, place.passed_over
+                place.retrying += again
+                try:
+                    task = self._look_everywhere(mine)
+                finally:
+                    place.retrying -= again
                 if task is not None or not (uneasy or place.passed_over != before):
                     return task
                 self._keeper.hurry()
@@ -1728,7 +1733,7 @@ class _Looking:
         """The ids of all claims. A renewed one has another name, which readdir may miss: a watch does not."""
         waiting = _Waiting()
         try:
-            waiting.watch(self._directories(("in_progress",)))
+            waiting.watch(self._directories(("in_progress",)), departures=True)
             found = {id for id, _, _, _ in self.walk("in_progress")}
             return found | {task[0] for name in waiting.changes() if (task := _parse(name))}
         finally:
@@ -2057,6 +2062,7 @@ class _Place:
         # By path, what cannot be had is set aside for a minute; here with its error, as OSError takes it.
         self.troubles: dict[str, tuple[int | None, str | None, object]] = {}
         self.last_trouble: tuple[int | None, str | None, object] = (None, None, None)
+        self.retrying = 0  # how many threads look whether that can be had after all
         self.passed_over = 0  # how often something was, or is still, set aside
         self.has_company = False  # other processes claim tasks, so far as the last look told
         self.has_hosts = False  # other machines or containers do
@@ -2375,9 +2381,8 @@ class _Changes:
         """
         if self._durable and directories:
             with self._lock:
-                later = dict(self._touched)
-                if len(directories) == 1 or directories[-1] in later:
-                    self._touched = {**dict.fromkeys(directories), **later}
+                if len(directories) == 1 or directories[-1] in self._touched:
+                    self._touched = {**dict.fromkeys(directories[:-1] or directories), **self._touched}
                 else:
                     self._touched.update(dict.fromkeys(directories))
 
@@ -3105,11 +3110,10 @@ def _as_due_us(time_us: int | datetime.datetime) -> int:
 
 
 def _check_has_run(result: object) -> None:
-    import inspect
-
-    if inspect.isawaitable(result) or inspect.isgenerator(result) or inspect.isasyncgen(result):
+    kind = type(result).__name__
+    if hasattr(result, "__await__") or kind in ("generator", "async_generator"):
         raise TypeError(
-            f"handler: returned a {type(result).__name__}, which has not run; "
+            f"handler: returned a {kind}, which has not run; "
             "if it is async, hand over lambda task: asyncio.run(handler(task))"
         )
 
