@@ -36,7 +36,7 @@ of state is one atomic rename, so a crash leaves a task either here or there, ne
 
 An id never changes. `pending/` is in the order of the tasks' places: a place is the time in the id,
 unless the name carries another one. A regular file that is renamed into pending/ under a name of 16
-digits, "_" and more is a task as well: so a shell script pushes. Whatever else lies about is left alone.
+digits, "_" and more is a task as well: so a shell script pushes. All else is left alone.
 
 The queue clock gives places and leases. It never goes backwards on one machine, and all processes of
 one boot share it. Due times are wall-clock times.
@@ -79,6 +79,8 @@ if TYPE_CHECKING:  # typing costs more to import than all the rest
     from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
     from typing import Any, BinaryIO, TypeVar
 
+    Handler = Callable[["FemtoTask"], object]
+    Reader = Callable[[str], Collection[str]]  # the names in a directory
     T = TypeVar("T")
 
 __all__ = ["FemtoQueue", "FemtoQueueError", "FemtoTask", "NotInProgress", "STATES"]
@@ -238,7 +240,7 @@ class FemtoQueue:
         self._here().keeper.note_own_elsewhere()
 
     def _here(self) -> _Parts:
-        """The parts of this process. A child has its own, however it was forked: it claims as itself."""
+        """The parts of this process. A child, however forked, has its own: it claims as itself."""
         parts = self._own_parts()
         parts.owner.check_open()
         return parts
@@ -326,20 +328,19 @@ class FemtoQueue:
         parts = self._here()
         if timeout == 0:
             return parts.consumer.look()
-        end_us, waiting = _end_us(timeout), _Waiting()
-        parts.place.begin_to_wait(waiting)
-        try:
-            found = _wait_for_task([parts], end_us, parts.place.is_stopped, waiting)
-            return found[1] if found else None
-        finally:
-            parts.place.end_waiting(waiting)
+        with _Waiting(parts.place.waiting) as waiting:
+            found = _wait_for_task([parts], _end_us(timeout), lambda: parts.place.is_stopped, waiting)
+            if found is None:
+                return None
+            waiting.close(in_place=False)
+            return found[1]
 
     def done(self, task: FemtoTask) -> None:
         """Finish `task`: to done/, or deleted if `keep_done` is off. It is never delivered again.
 
         Raises NotInProgress if the claim was lost, and ValueError for a task of another queue.
         """
-        self._here().claims.finish(task, "done", self.keep_done)
+        self._here().claims.finish(task, "done")
 
     def fail(self, task: FemtoTask, reason: str | None = None) -> None:
         """Give `task` up: to failed/, or deleted if `keep_failed` is off. Raises like `done`.
@@ -347,7 +348,7 @@ class FemtoQueue:
         The reason is kept as text beside it, until it is requeued or purged: see `reason`.
         """
         _check("reason", "" if reason is None else reason, "str, or None")
-        self._here().claims.finish(task, "failed", self.keep_failed, reason)
+        self._here().claims.finish(task, "failed", reason)
 
     def retry(self, task: FemtoTask, delay_ms: float = 0) -> None:
         """Have `task` delivered again, now at its old place or after a delay, which survives restarts.
@@ -362,17 +363,13 @@ class FemtoQueue:
         self._here().claims.touch(task)
 
     def run(
-        self,
-        handler: Callable[[FemtoTask], object],
-        *,
-        until_empty: bool = False,
-        also: Iterable[FemtoQueue] = (),
+        self, handler: Handler, *, until_empty: bool = False, also: Iterable[FemtoQueue] = ()
     ) -> int:
         """Hand task after task to `handler`: what a worker's main program usually is.
 
-        When it returns, the task is done; it may also finish the task itself. When it raises (SystemExit
+        When it returns, the task is done; it may also finish the task itself. When it raises (or exits)
         included), that is logged and the task comes back after about 1, 2, 4, ... seconds, at most an
-        hour, until `max_attempts` are used up. Then it fails, and the traceback is its reason. While the
+        hour, until `max_attempts` are used up. Then it fails; the traceback is its reason. While the
         handler runs, the lease is renewed; `task.lost` tells if it was lost all the same. What it
         returns is ignored, but a coroutine or generator raises TypeError: it would never run.
 
@@ -394,7 +391,7 @@ class FemtoQueue:
         for queue in queues:
             if not isinstance(queue, FemtoQueue):
                 raise TypeError(f"also: expected FemtoQueue objects, got {type(queue).__name__}")
-        return _Worker(handler, [(queue, queue._here()) for queue in queues]).run(until_empty)
+        return _Worker(handler, {queue._here(): queue for queue in queues}).run(until_empty)
 
     def stop(self) -> None:
         """End every `run` and every waiting call of this object, after the task in hand.
@@ -426,9 +423,7 @@ class FemtoQueue:
         None is left out that is in this state all the while. Lazy where it matters: of pending/, one
         bucket at a time is in memory.
         """
-        looking = self._here().looking
-        _check_state(state, STATES)
-        return looking.ids(state)
+        return self._here().looking.ids(_check_state(state, STATES))
 
     def claims(self) -> list[dict[str, Any]]:
         """Who works on what: for each claim `id`, `attempt`, the owner's `node_id` and `pid`, if that
@@ -470,8 +465,7 @@ class FemtoQueue:
 
         True only if there was such a moment. It only watches: others must be working.
         """
-        looking = self._here().looking
-        return looking.wait_until_empty(_end_us(timeout))
+        return self._here().looking.wait_until_empty(_end_us(timeout))
 
     def close(self) -> None:
         """Give back what was claimed and not finished. Other calls raise FemtoQueueError then.
@@ -501,12 +495,12 @@ class _Parts:
         if last:  # what was stopped or closed before a fork is so in the child
             place.inherit(last.place)
             self.owner.inherit(last.owner)
-        pending, scheduled = _Buckets(place, "pending"), _Buckets(place, "scheduled")
+        buckets = _Buckets(place, "pending"), _Buckets(place, "scheduled")
         self.looking = _Looking(place)
-        self.keeper = _Keeper(place, self.looking, pending, scheduled, queue._free)
-        self.producer = _Producer(place, self.looking, pending, scheduled)
-        self.consumer = _Consumer(place, self.keeper, pending)
-        self.claims = _Claims(place, self.looking, pending, scheduled)
+        self.keeper = _Keeper(place, self.looking, buckets, queue._free)
+        self.producer = _Producer(place, self.looking, buckets)
+        self.consumer = _Consumer(place, self.keeper, buckets[0])
+        self.claims = _Claims(place, self.looking, buckets)
 
 
 # --- in: how does a payload become a task? ------------------------------------------------------------
@@ -515,26 +509,20 @@ class _Parts:
 class _Producer:
     """How does a payload become a task? Written where nobody reads, then renamed when it is whole."""
 
-    def __init__(
-        self, place: _Place, looking: _Looking, pending: _Buckets, scheduled: _Buckets
-    ) -> None:
+    def __init__(self, place: _Place, looking: _Looking, buckets: tuple[_Buckets, _Buckets]) -> None:
         self._place = place
         self._looking = looking
-        self._pending = pending
-        self._scheduled = scheduled
-        self._room = _Room(place, looking) if place.maxsize else None
+        self._pending, self._scheduled = buckets
+        self._room = _Room(place, looking)
         # Unique, and it orders what is stamped in one microsecond.
         self._nonce = itertools.count(int.from_bytes(os.urandom(9), "big") >> 1)
 
     def add(self, chunks: Iterable[bytes], due_us: int | None = None) -> str:
         """Write a task and publish it: as pending, or as scheduled if it has a due time."""
-        if self._room and due_us is None:
-            self._room.take()
-            try:
-                return self._add(chunks, None)
-            finally:
-                self._room.arrived()
-        return self._add(chunks, due_us)
+        if due_us is not None:
+            return self._add(chunks, due_us)
+        with self._room:
+            return self._add(chunks, None)
 
     def _add(self, chunks: Iterable[bytes], due_us: int | None) -> str:
         place = self._place
@@ -558,16 +546,8 @@ class _Producer:
 
     def _publish(self, buckets: _Buckets, draft: str, time_us: int, name: str) -> None:
         """Make a whole file a task, for good; if that fails, it is none."""
-        bucket = buckets.put(draft, time_us, name)
-        if bucket is None:
+        if not buckets.publish(draft, time_us, name):
             self._check_published(draft, name)
-            return
-        try:
-            self._place.sync()
-        except BaseException:
-            # Withdrawn, unless a worker has it already. A file to be moved is where it was.
-            _try(_rename, f"{bucket}/{name}", draft)
-            raise
 
     def _check_published(self, draft: str, name: str) -> None:
         """A draft that is gone was published: it can go nowhere else, but for somebody who deletes it.
@@ -580,7 +560,7 @@ class _Producer:
             raise _not_found(draft)
 
     def add_together(self, items: Iterable[bytes]) -> list[str]:
-        """Write all, sync all, publish all in order, and sync once more. What fails is all withdrawn."""
+        """Write all, sync all, publish all in order, sync again. If that fails, all is withdrawn."""
         place = self._place
         drafts: list[tuple[str, int, str]] = []  # path, time, id
         added: list[str] = []
@@ -588,9 +568,8 @@ class _Producer:
         taken = 0
         try:
             for data in items:
-                if self._room:
-                    self._room.take()
-                    taken += 1
+                self._room.take()
+                taken += 1
                 time_us = place.clock.stamp()
                 stem = self._new_stem(time_us)
                 path = place.owner.draft + stem
@@ -616,15 +595,17 @@ class _Producer:
         finally:
             for descriptor in open_files:
                 _try(os.close, descriptor)
-            if self._room:
-                self._room.arrived(taken)
+            self._room.arrived(taken)
         return [id for _, _, id in drafts]
 
     def add_file(self, source: str, move: bool) -> str:
         """Push a file that a caller named: its content, or itself."""
         try:
-            if move and (id := self._take_and_rename(source)):
-                return id
+            if move:
+                with self._room:
+                    moved = self._add_by_rename(source)
+                if moved:
+                    return moved
             descriptor = _open_regular(source, _READ_FLAGS & ~_NO_FOLLOW)
             try:
                 id = self.add(_chunks(descriptor))
@@ -637,15 +618,6 @@ class _Producer:
             raise
         return id
 
-    def _take_and_rename(self, source: str) -> str | None:
-        if not self._room:
-            return self._add_by_rename(source)
-        self._room.take()
-        try:
-            return self._add_by_rename(source)
-        finally:
-            self._room.arrived()
-
     def _add_by_rename(self, source: str) -> str | None:
         """Make the file itself a task; None if it lies on another filesystem."""
         if os.path.islink(source):
@@ -653,7 +625,7 @@ class _Producer:
         # Windows only syncs what is open for writing, and renames nothing that is open.
         descriptor = _open_regular(source, _READ_FLAGS | (os.O_RDWR if os.name == "nt" else 0))
         try:
-            crc = _crc(descriptor)
+            crc = _crc(_chunks(descriptor))
             if self._place.durable:
                 os.fsync(descriptor)
             self._place.hand_over(descriptor)
@@ -692,8 +664,16 @@ class _Room:
         self._claimed = 0  # our own claims, less what came back: up to here in `_free`
         self._under_way = 0  # taken, but not published yet: the count does not see them
 
+    def __enter__(self) -> None:
+        self.take()
+
+    def __exit__(self, *exception: object) -> None:
+        self.arrived()
+
     def take(self) -> None:
         """Raise queue.Full if there is no room."""
+        if not self._place.maxsize:
+            return
         with self._lock:
             claimed = self._place.claimed - self._place.returns
             self._free += claimed - self._claimed
@@ -737,6 +717,18 @@ class _Buckets:
         self._pending = state == "pending"
         self._now = place.clock.now if self._pending else _wall_us
         self._in_hand: dict[tuple[int, int], _Bucket] = {}  # by period: made, and durable if need be
+
+    def publish(self, source: str, time_us: int, name: str) -> bool:
+        """Put a file there for good; if that fails, it is where it was, unless a worker has it."""
+        bucket = self.put(source, time_us, name)
+        if bucket is None:
+            return False
+        try:
+            self._place.sync()
+        except BaseException:
+            _try(_rename, f"{bucket}/{name}", source)
+            raise
+        return True
 
     def put(self, source: str, time_us: int, name: str) -> str | None:
         """Rename a file into a bucket, and return that; None if the file is gone, and not there."""
@@ -801,12 +793,14 @@ class _Buckets:
         for path in paths:
             start_us, own = _time_of(os.path.basename(path)), len(path) > len(self._top) + 17
             if own or start_us % shared_us or self._now() >= start_us + shared_us:
-                used = _modified([path])
-                if used and abs(time.time() - used[0]) > _LINGER_S:
+                used_s = _modified(path)
+                if used_s and abs(time.time() - used_s) > _LINGER_S:
                     _try(os.rmdir, path)
 
 
 # --- through: which task is next, and is it mine? -----------------------------------------------------
+# What a call claims, or tries to, and where that was.
+_Mine = dict[str, str]
 
 
 class _Consumer:
@@ -821,13 +815,9 @@ class _Consumer:
         self._misses = 0  # rises when another worker was quicker, falls with each claim
 
     def look(self) -> FemtoTask | None:
-        """Claim the oldest task; None if there is none, although what is due was made pending.
-
-        What cannot be had is set aside for a minute. It is tried once more when there is nothing else,
-        and if it still cannot be had, its error is raised.
-        """
+        """Claim the oldest task; None if there is none. What cannot be had is tried again at last."""
         place, listing = self._place, self._listing
-        mine: dict[str, str] = {}  # what this call claims, or tries to, and where it was
+        mine: _Mine = {}
         try:
             if (
                 listing
@@ -837,14 +827,9 @@ class _Consumer:
                 task = self._first_of(listing, {}, mine)
                 if task is not None:
                     return task  # the usual case
-            for again in (0, 1):
-                # Another thread that tries once more what was set aside has it in hand.
-                uneasy, before = bool(place.troubles) or place.retrying > 0, place.passed_over
-                place.retrying += again
-                try:
-                    task = self._look_everywhere(mine)
-                finally:
-                    place.retrying -= again
+            for again in (False, True):
+                uneasy, before = bool(place.troubles), place.passed_over
+                task = self._look_everywhere(mine)
                 if task is not None or not (uneasy or place.passed_over != before):
                     return task
                 self._keeper.hurry()
@@ -855,7 +840,7 @@ class _Consumer:
             self._put_back(mine)
             raise
 
-    def _look_everywhere(self, mine: dict[str, str]) -> FemtoTask | None:
+    def _look_everywhere(self, mine: _Mine) -> FemtoTask | None:
         """Claim the oldest task of a new listing, and of others until one has nothing new."""
         place = self._place
         place.owner.check_open()
@@ -882,9 +867,7 @@ class _Consumer:
             elif not self._put_back(mine):
                 return None
 
-    def _first_of(
-        self, listing: _Listing, tried: dict[str, int], mine: dict[str, str]
-    ) -> FemtoTask | None:
+    def _first_of(self, listing: _Listing, tried: dict[str, int], mine: _Mine) -> FemtoTask | None:
         """Claim the first task of a listing that can be had; None if there is none."""
         place = self._place
         while found := listing.next():
@@ -895,41 +878,34 @@ class _Consumer:
             if times > 1 or (place.troubles and place.passes_over(f"{directory}/{name}")):
                 continue
             tried[name] = times + 1
-            try:
+            for again in (False, True):  # a passing fault costs no turn
                 try:
                     task = self._claim(name, directory, listing, mine)
+                    if task is not None:
+                        return task
+                    break
                 except OSError as error:
                     if self._is_everywhere(error):
                         raise
-                    task = self._claim(name, directory, listing, mine)  # a passing fault costs no turn
-            except OSError as error:
-                if self._is_everywhere(error):
-                    raise
-                place.set_aside(f"{directory}/{name}", error)
-                continue
-            if task is not None:
-                return task
+                    if again:
+                        place.set_aside(f"{directory}/{name}", error)
         return None
 
     def _is_everywhere(self, error: OSError) -> bool:
-        """Is it so with every task? No descriptors, or no room for a claim; not: no room in corrupt/."""
+        """Is it so with every task? No descriptors, or no room for a claim; not in corrupt/."""
         target = str(error.filename2 or error.filename)
         full = target.startswith(self._place.path["in_progress"])
         return error.errno in _SCARCE or (full and error.errno in _FULL)
 
-    def _claim(
-        self, name: str, directory: str, listing: _Listing, mine: dict[str, str]
-    ) -> FemtoTask | None:
+    def _claim(self, name: str, directory: str, listing: _Listing, mine: _Mine) -> FemtoTask | None:
         """Make one pending task this object's; None if another was quicker, or it cannot be run."""
-        place = self._place
-        parsed = _parse(name)
+        place, source, parsed = self._place, f"{directory}/{name}", _parse(name)
         if parsed is None:
             return None
         id, used, _, _ = parsed
-        source = f"{directory}/{name}"
         if place.max_attempts is not None and used >= place.max_attempts:
             _log("%s has used up its %s attempts", id, place.max_attempts)
-            place.finish(source, "failed", id, place.keep_failed, f"used up {used} attempts")
+            place.finish(source, "failed", id, f"used up {used} attempts")
             place.sync()
             return None
         attempt = min(used + 1, _MAX_ATTEMPT)
@@ -943,15 +919,11 @@ class _Consumer:
                 return None
             # Before anybody syncs our own directory: see _Place.sync, the old side first.
             place.note(directory)
-            if self._misses:
-                self._misses -= 1
-            task = self._read(path, id, attempt)
-            if task is not None:
-                task._bucket = directory
-                task._clock, task._since_us, task._deadline_us = place.clock, now_us, deadline_us
-                # Is it still ours? The machine may have slept meanwhile, or the file is huge.
-                if place.clock.now() - now_us > place.lease_us // 2 and not _renew(place, task, path):
-                    task = None
+            self._misses = max(0, self._misses - 1)
+            task = FemtoTask(id, None, attempt, path)
+            task._bucket, task._clock = directory, place.clock
+            task._since_us, task._deadline_us = now_us, deadline_us
+            is_whole = self._read(task, mine)
         except BaseException as error:
             self._listing = None
             self._put_back(mine)
@@ -962,9 +934,9 @@ class _Consumer:
             _add_path(error, path)
             raise
         place.claimed += 1
-        return task
+        return task if is_whole else None
 
-    def _put_back(self, mine: dict[str, str]) -> bool:
+    def _put_back(self, mine: _Mine) -> bool:
         """Put back what was claimed and is not returned; tell if anything was.
 
         It could not be read; or the claim was done, and its answer was lost on a network. What cannot
@@ -987,36 +959,54 @@ class _Consumer:
         return done > 0
 
     def _note_miss(self, path: str, listing: _Listing) -> None:
-        """Another worker was quicker: skip names if that is likely to happen again.
-
-        Worker processes all try the same oldest name. Those skipped are found by the next listing.
-        """
+        """Another worker was quicker: skip names if that may well happen again, for all try the same
+        oldest one. The next listing finds what was skipped."""
         self._misses = min(self._misses + 1, 4)
         if self._misses > 1 and self._place.has_company:  # one stale name is no contention yet
             listing.skip(1 + zlib.crc32(path.encode()) % 4 ** (self._misses - 1))
 
-    def _read(self, path: str, id: str, attempt: int) -> FemtoTask | None:
-        """Read and check a claimed file; None if it was broken, or is finished, and is out of the way."""
-        place = self._place
-        descriptor = os.open(path, _READ_FLAGS)
+    def _has_finished_twin(self, descriptor: int, id: str) -> bool:
+        """Does a claimed file lie in done/ or failed/ as well?
+
+        Healing a distributed filesystem can leave a renamed file under both names. To rename it onto
+        its other name then succeeds and does nothing: POSIX.
+        """
+        info = os.fstat(descriptor)
+        others = (_lstat(f"{self._place.path[state]}/{id}") for state in ("done", "failed"))
+        return info.st_nlink > 1 and any(other and os.path.samestat(other, info) for other in others)
+
+    def _read(self, task: FemtoTask, mine: _Mine) -> bool:
+        """Read and check a claimed file; False if it was broken or finished, and is out of the way."""
+        place, id = self._place, task.id
+        descriptor = os.open(task.path, _READ_FLAGS)
         try:
-            if (attempt > 1 or place.has_hosts) and place.has_finished_twin(descriptor, id):
-                _unlink(path)
-                return None
-            data: bytes | None = os.read(descriptor, _SMALL)
-            crc = zlib.crc32(data or b"")
+            if (task.attempt > 1 or place.has_hosts) and self._has_finished_twin(descriptor, id):
+                _unlink(task.path)
+                return False
+            data = task._data = os.read(descriptor, _SMALL)
+            crc = zlib.crc32(data)
             if not id.endswith(".%08x" % crc):  # there is more of it, or the name tells nothing
-                data = _read_more(descriptor, path, data or b"")
-                crc = _crc(descriptor) if data is None else zlib.crc32(data)
+                task._data = _read_more(descriptor, task.path, data)
+                chunks = _chunks(descriptor) if task._data is None else (task._data,)
+                crc = _crc(chunk for chunk in chunks if self._keep(task, mine))
         finally:
             os.close(descriptor)
         # A name that a shell script made has no checksum, and is taken as it is.
         if not id.endswith(".%08x" % crc) and _is_own(id):
             _log("%s does not match its checksum; it is in corrupt/", id)
-            place.finish(path, "corrupt", id)
+            place.finish(task.path, "corrupt", id)
             place.sync()
-            return None
-        return FemtoTask(id, data, attempt, path)
+            return False
+        return self._keep(task, mine)
+
+    def _keep(self, task: FemtoTask, mine: _Mine) -> bool:
+        """Renew a lease that is half over, for the file is huge, or the machine slept."""
+        if self._place.clock.now() > task._deadline_us - self._place.lease_us // 2:
+            source = mine.pop(task.path, "")
+            if not _renew(self._place, task, task.path):
+                raise _not_found(task.path)  # it is another worker's by now
+            mine[task.path] = source
+        return True
 
     def directories(self) -> Iterator[str]:
         """Where a change may bring a task: what to watch while waiting for one."""
@@ -1030,17 +1020,17 @@ class _Consumer:
 
 
 def _wait_for_task(
-    queues: Sequence[_Parts], end_us: float, is_over: Callable[[], bool], waiting: _Waiting
-) -> tuple[int, FemtoTask] | None:
-    """The number of the first queue that has a task, and that; None when time, or all, is over."""
+    queues: Collection[_Parts], end_us: float, is_over: Callable[[], bool], waiting: _Waiting
+) -> tuple[_Parts, FemtoTask] | None:
+    """The first queue's that has a task, and that; None when time, or all, is over."""
     watched = False
     while True:
         last = is_over() or _since_boot_us() >= end_us
         if watched and is_over():
             return None  # it may be closed by now
-        for number, parts in enumerate(queues):
+        for parts in queues:
             if task := parts.consumer.look():
-                return number, task
+                return parts, task
         if last:
             return None
         if watched:
@@ -1060,11 +1050,7 @@ class _Listing:
     """
 
     def __init__(
-        self,
-        place: _Place,
-        read: Callable[[str], Collection[str]],
-        horizon_us: int | None = None,
-        known: Collection[str] = (),
+        self, place: _Place, read: Reader, horizon_us: int | None = None, known: Collection[str] = ()
     ) -> None:
         self.hidden: set[str] = set()
         self.skipped = False  # something was left to the next listing
@@ -1076,7 +1062,7 @@ class _Listing:
         self._lock = _thread.RLock()  # any thread may ask for the next one
         top = place.path["pending"]
         self._cut = len(top) + 1
-        entries = _twice(place.listing, top)
+        entries = _twice(lambda: list(place.entries(top)))
         # Both in descending order, so that the next one is the last.
         self._buckets = sorted((entry.path for entry in entries if _is_bucket(entry)), reverse=True)
         self._hand: list[tuple[str, str, str]] = []  # place and more, name, directory
@@ -1103,11 +1089,7 @@ class _Listing:
 
     def _take_up(self, names: Iterable[str], directory: str) -> None:
         """Add the tasks of a directory to those in hand."""
-        tasks = [
-            (name if name.count("~") < 2 else _order(name), name, directory)
-            for name in names
-            if name[16:17] == "_"
-        ]
+        tasks = [(_order(name), name, directory) for name in names if name[16:17] == "_"]
         late = [name for order, name, _ in tasks if order > self._end and name not in self._known]
         if late:
             self.hidden.update(late)
@@ -1126,43 +1108,36 @@ class _Listing:
 
 
 class _Claims:
-    """What becomes of a claimed task? The verdicts, and the lease. All state is the task's own marks."""
+    """What becomes of a claimed task? Verdicts, and the lease. All state is the task's own marks."""
 
-    def __init__(
-        self, place: _Place, looking: _Looking, pending: _Buckets, scheduled: _Buckets
-    ) -> None:
+    def __init__(self, place: _Place, looking: _Looking, buckets: tuple[_Buckets, _Buckets]) -> None:
         self._place = place
         self._looking = looking
-        self._pending = pending
-        self._scheduled = scheduled
+        self._pending, self._scheduled = buckets
 
-    def finish(self, task: FemtoTask, state: str, keep: bool, reason: str | None = None) -> None:
+    def finish(self, task: FemtoTask, state: str, reason: str | None = None) -> None:
         """Move a task to done/ or failed/, or delete it."""
-        place = self._place
-        self._leave(task, state, lambda path: place.finish(path, state, task.id, keep, reason))
+        self._leave(task, state, lambda path: self._place.finish(path, state, task.id, reason))
 
     def retry(self, task: FemtoTask, delay_us: int, reason: str | None = None) -> None:
         """Put a task back, or give it up if its attempts are used up."""
         self._check(task)  # before its attempt is looked at
         most = self._place.max_attempts
         if most is not None and task.attempt >= most:
-            reason = reason or f"used up {task.attempt} attempts"
-            self.finish(task, "failed", self._place.keep_failed, reason)
+            self.finish(task, "failed", reason or f"used up {task.attempt} attempts")
         else:
             self.put_back(task, delay_us)
 
     def put_back(self, task: FemtoTask, delay_us: int = 0) -> None:
         """Make a task pending at its old place, or scheduled."""
         if delay_us:
-            due_us = _wall_us() + delay_us
-            name = _format(task.id, task.attempt, due_us)
-            self._leave(
-                task, "scheduled", lambda path: self._scheduled.put(path, due_us, name) is not None
-            )
-            return
-        place_us, name = _old_place(task.id, task.attempt, self._place.clock)
-        self._leave(task, "pending", lambda path: self._pending.put(path, place_us, name) is not None)
-        self._place.returns += 1
+            state, buckets, time_us = "scheduled", self._scheduled, _wall_us() + delay_us
+            name = _format(task.id, task.attempt, time_us)
+        else:
+            state, buckets = "pending", self._pending
+            time_us, name = _old_place(task.id, task.attempt, self._place.clock)
+        self._leave(task, state, lambda path: buckets.put(path, time_us, name) is not None)
+        self._place.returns += state == "pending"
 
     def touch(self, task: FemtoTask) -> None:
         """Begin a new lease."""
@@ -1235,9 +1210,8 @@ class _Claims:
         ours = failed or os.path.dirname(task.path) == place.owner.directory
         if not (verdict and ours and claim and claim[2] > place.clock.now()):
             return False
-        keep = place.keep_done if verdict == "done" else place.keep_failed or verdict != "failed"
         found = next((state for state, _ in self._looking.find(task.id, STATES)), None)
-        return found == (verdict if keep else None)
+        return found == (verdict if place.keeps.get(verdict, True) else None)
 
 
 def _renew(place: _Place, task: FemtoTask, path: str) -> bool:
@@ -1254,25 +1228,19 @@ def _renew(place: _Place, task: FemtoTask, path: str) -> bool:
 # --- the way back -------------------------------------------------------------------------------------
 
 
-# What is to be made pending: by which time it is sorted, id, deliveries used up, path, if at a new place.
-_Return = tuple[int, str, int, str, bool]
+# What is to be made pending: by which time it is sorted, id, deliveries used up, path.
+_Return = tuple[int, str, int, str]
 
 
 class _Keeper:
     """What comes back? What is due, or claimed by who is gone or hangs. Sweeps what the dead left."""
 
     def __init__(
-        self,
-        place: _Place,
-        looking: _Looking,
-        pending: _Buckets,
-        scheduled: _Buckets,
-        free: set[str],
+        self, place: _Place, looking: _Looking, buckets: tuple[_Buckets, _Buckets], free: set[str]
     ) -> None:
         self._place = place
         self._looking = looking
-        self._pending = pending
-        self._scheduled = scheduled
+        self._pending, self._scheduled = buckets
         self._next_look_us = 0
         self._next_sweep_us = 0
         self._departures = 0
@@ -1304,18 +1272,26 @@ class _Keeper:
                 if now_us >= self._next_sweep_us:
                     self._next_sweep_us = now_us + _SWEEP_US
                     self._sweep()
-                found = self._move(self._find_abandoned(now_us))
+                found = self._move(self._find_abandoned(now_us), is_new=False)
                 self._warn_of_clocks()
-            found |= self._move(self._find_due())
+            found |= self._move(self._find_due(), is_new=True)
         except OSError as error:
             place.set_aside(place.root, error)
         place.sync()
         return found
 
-    def _move(self, tasks: list[_Return], whole: bool = False) -> bool:
-        """Make tasks pending, the first ones by their order; tell if any was, or others may be."""
+    def _tasks(self, directory: str, names: Iterable[str]) -> Iterator[_Return]:
+        """Those of these names that can be had, each by the time that its name carries."""
+        for name in names:
+            path = f"{directory}/{name}"
+            if (task := _parse(name)) and not self._place.passes_over(path):
+                yield task[2], task[0], task[1], path
+
+    def _move(self, tasks: list[_Return], is_new: bool, whole: bool = False) -> bool:
+        """Make tasks pending, at new places or old ones, the first by their order; tell if any was,
+        or others may be."""
         place, moved, more = self._place, 0, len(tasks) > _BATCH and not whole
-        for _, id, used, path, is_new in sorted(tasks)[: None if whole else _BATCH]:
+        for _, id, used, path in sorted(tasks)[: None if whole else _BATCH]:
             place_us, name = _old_place(id, used, place.clock, is_new)
             try:
                 moved += _twice(self._pending.put, path, place_us, name) is not None
@@ -1339,33 +1315,34 @@ class _Keeper:
         has_company = has_hosts = False
         for entry in place.entries(place.path["in_progress"]):
             owner = _parse_owner(entry.name)
-            if owner is None or not _is_owner(entry):
+            if owner is None or not entry.is_dir(follow_symlinks=False):
                 continue
+            is_elsewhere = owner[3] != place.owner.process[2]
             has_company |= owner[1:4] != place.owner.process
-            has_hosts |= owner[3] != place.owner.process[2]
+            has_hosts |= is_elsewhere
             names = place.names(entry.path)
             alive = _is_alive(owner)
-            for name in names:
-                path = f"{entry.path}/{name}"
-                if (claim := _parse(name)) is None or place.passes_over(path):
-                    continue
-                id, used, deadline_us, _ = claim
+            for deadline_us, id, used, path in self._tasks(entry.path, names):
                 if deadline_us < now_us or alive is False or path in self._free:
-                    found.append((int(id[:16]), id, used, path, False))
-                elif owner[0] == place.owner.node_id and owner[3] != place.owner.process[2]:
-                    self._warn_of_name(entry.name)
-            if not names:
-                if entry.path == place.owner.directory:
-                    place.owner.rest()
-                elif alive is False or entry.path in self._free:
-                    _try(os.rmdir, entry.path)
+                    found.append((_time_of(id), id, used, path))
+                elif owner[0] == place.owner.node_id and is_elsewhere:
+                    self._warn(
+                        entry.name,
+                        f"node_id {owner[0]!r} is in use at two places, {entry.name} and "
+                        f"{place.owner.name}; give each machine or container its own, "
+                        "or each takes over at its start what the other works on",
+                    )
+            if not names and entry.path == place.owner.directory:
+                place.owner.rest()
+            elif not names and (alive is False or entry.path in self._free):
+                _try(os.rmdir, entry.path)
         place.has_company, place.has_hosts = has_company, has_hosts
         return found
 
     def note_own_elsewhere(self) -> None:
-        """Note what was claimed under my node_id elsewhere: on an earlier boot, in an earlier container.
+        """Note what was claimed under my node_id elsewhere: on an earlier boot, in another container.
 
-        It is free, for a node_id is in one place at a time. Whoever claims under it after that is alive.
+        It is free, for a node_id is in one place at a time. Whoever claims under it later is alive.
         """
         place = self._place
         for entry in place.entries(place.path["in_progress"]):
@@ -1389,40 +1366,32 @@ class _Keeper:
                 found.sort()
                 if found[_BATCH][0] <= start_us:
                     break  # all that is in there is later
-            names: Collection[str]
             if _is_bucket(entry):
-                directory, names = entry.path, place.names(entry.path)
+                names = place.names(entry.path)
                 if not names:
-                    self._scheduled.remove_empty([directory])
+                    self._scheduled.remove_empty([entry.path])
+                tasks = self._tasks(entry.path, names)
             else:
-                directory, names = top, {entry.name} if entry.is_file(follow_symlinks=False) else set()
-            for name in names:
-                path = f"{directory}/{name}"
-                if (parsed := _parse(name)) is None or place.passes_over(path):
-                    continue
-                id, used, due_us, _ = parsed
+                tasks = self._tasks(top, [entry.name] if entry.is_file(follow_symlinks=False) else ())
+            for due_us, id, used, path in tasks:
                 if due_us <= now_us:
-                    found.append((due_us, id, used, path, True))
+                    found.append((due_us, id, used, path))
                     continue
                 next_due_us = min(next_due_us, due_us)
                 if start_us < due_us - due_us % self._scheduled.width(due_us):
-                    _try(self._scheduled.put, path, due_us, name)  # or it is read at each look
+                    # Or it is read at each look.
+                    _try(self._scheduled.put, path, due_us, os.path.basename(path))
         self._next_look_us = min(self._next_look_us, place.clock.now() + max(0, next_due_us - now_us))
         return found
 
     def settle(self, paths: Iterable[str]) -> None:
-        """Give a place to what was put into pending/ with a stamp from the future.
-
-        Else it would be passed by without end while newer tasks flow.
-        """
+        """Give a place to what has a stamp from the future, or newer tasks pass it by without end."""
         found: list[_Return] = []
         for path in paths:
-            names = self._place.names(path) if os.path.isdir(path) else ()
-            for source in [f"{path}/{name}" for name in names] or [path]:
-                parsed = _parse(os.path.basename(source))
-                if parsed and not self._place.passes_over(source):
-                    found.append((parsed[2], parsed[0], parsed[1], source, True))
-        self._move(found, whole=True)
+            is_bucket = os.path.isdir(path)
+            directory, name = (path, "") if is_bucket else os.path.split(path)
+            found += self._tasks(directory, self._place.names(path) if is_bucket else [name])
+        self._move(found, is_new=True, whole=True)
 
     def requeue(self, id: str) -> bool:
         """Give a finished task a fresh start, or make a scheduled one pending now."""
@@ -1430,13 +1399,8 @@ class _Keeper:
         for state, path in self._looking.find(id, (*_FINISHED, "scheduled")):
             used = (_parse(os.path.basename(path)) or (id, 0))[1] if state == "scheduled" else 0
             place_us, name = _old_place(id, used, place.clock, state == "scheduled")
-            if bucket := self._pending.put(path, place_us, name):
+            if self._pending.publish(path, place_us, name):
                 place.returns += 1
-                try:
-                    place.sync()
-                except BaseException:
-                    _try(_rename, f"{bucket}/{name}", path)  # so that this can be made again
-                    raise
                 if state == "failed":
                     _try(_unlink, path + _REASON)
                 return True
@@ -1446,40 +1410,32 @@ class _Keeper:
         """Make pending what this object claimed and did not finish."""
         place = self._place
         place.forget_troubles()
-        found: list[_Return] = []
-        for entry in place.listing(place.owner.directory):
-            if claim := _parse(entry.name):
-                found.append((_time_of(entry.name), claim[0], claim[1], entry.path, False))
+        names = [entry.name for entry in place.entries(place.owner.directory)]
+        tasks = self._tasks(place.owner.directory, names)
         before = place.passed_over
-        self._move(found, whole=True)
+        # By the ids.
+        self._move([(0, *task[1:]) for task in tasks], is_new=False, whole=True)
         place.sync()
         if place.passed_over != before:
             raise OSError(*place.last_trouble)
         _try(os.rmdir, place.owner.directory)
 
-    def _warn_of_name(self, owner: str) -> None:
-        """Somebody else claims under our name: that is told once."""
-        if owner not in self._warned:
-            self._warned.add(owner)
-            _log(
-                "node_id %r is in use at two places, %s and %s; give each machine or container its own, "
-                "or each takes over at its start what the other works on",
-                self._place.owner.node_id,
-                owner,
-                self._place.owner.name,
-            )
-
     def _warn_of_clocks(self) -> None:
         """Between machines, order and leases are as good as their clocks agree."""
         ahead_s = (self._place.clock.now() - _wall_us()) / 1e6
-        if self._place.has_hosts and abs(ahead_s) > 1 and "clocks" not in self._warned:
-            self._warned.add("clocks")
-            _log(
-                "other machines take part, and the queue clock here is %.1f s ahead of the wall clock; "
-                "synchronize the clocks (NTP), and remove %s while no worker runs",
-                ahead_s,
-                self._place.clock.path,
+        if self._place.has_hosts and abs(ahead_s) > 1:
+            self._warn(
+                "clocks",
+                f"other machines take part, and the queue clock here is {ahead_s:.1f} s ahead of the "
+                "wall clock; synchronize the clocks (NTP), and while no worker runs remove "
+                f"{self._place.clock.path}",
             )
+
+    def _warn(self, about: str, text: str) -> None:
+        """Tell this once."""
+        if about not in self._warned:
+            self._warned.add(about)
+            _log("%s", text)
 
     def _sweep(self) -> None:
         """Delete what dead writers left half-written, and empty directories of forgotten owners."""
@@ -1490,7 +1446,9 @@ class _Keeper:
                 owner, info = _parse_owner(name), _lstat(entry.path)
                 if owner and info and stat.S_ISREG(info.st_mode) is (state == "creating"):
                     alive = _is_alive(owner)
-                    if alive is False or (alive is None and time.time() - info.st_mtime > _ORPHAN_S):
+                    # Over NFSv3, the first time of a new file is none.
+                    age_s = time.time() - max(info.st_mtime, info.st_ctime)
+                    if alive is False or (alive is None and age_s > _ORPHAN_S):
                         _try(remove, entry.path)
 
 
@@ -1504,9 +1462,7 @@ class _SecondSignal(BaseException):
 class _Worker:
     """How is a handler run? The loop, its heartbeat, and the signals that wait for the task in hand."""
 
-    def __init__(
-        self, handler: Callable[[FemtoTask], object], queues: list[tuple[FemtoQueue, _Parts]]
-    ) -> None:
+    def __init__(self, handler: Handler, queues: dict[_Parts, FemtoQueue]) -> None:
         self._handler = handler
         self._queues = queues
         self._current: list[tuple[_Claims, FemtoTask]] = []
@@ -1520,19 +1476,24 @@ class _Worker:
 
     def run(self, until_empty: bool) -> int:
         """Defer the signals, and let `close` wait for this thread, while tasks are handled."""
-        places = [parts.place for _, parts in self._queues]
-        restore = self._defer_signals()
-        runs = [place.begin_run(self._waiting) for place in places]
+        places = [parts.place for parts in self._queues]
+        run = _thread.get_ident(), _thread.allocate_lock()
+        self._defer_signals()
+        run[1].acquire()
+        for place in places:
+            place.waiting.add(self._waiting)
+            place.runs.append(run)
         try:
             return self._loop(until_empty)
         except _SecondSignal:
             return self._count  # the task is given back, and the signal follows
         finally:
-            for place, run in zip(places, runs, strict=True):
-                place.end_run(run, self._waiting)
-            restore()
-            if os.getpid() == self._pid:
-                self._raise_caught()
+            self._waiting.close()
+            for place in places:
+                place.waiting.discard(self._waiting)
+                place.runs.remove(run)
+            run[1].release()
+            self._release_signals()
 
     def _loop(self, until_empty: bool) -> int:
         import threading
@@ -1550,24 +1511,21 @@ class _Worker:
         return self._count
 
     def _is_over(self) -> bool:
-        return self._is_signalled() or any(parts.place.is_stopped() for _, parts in self._queues)
+        return self._is_signalled() or any(parts.place.is_stopped for parts in self._queues)
 
     def _is_signalled(self) -> bool:
         """Was a signal caught, here or by the run that this one is nested in?"""
         return bool(self._caught) or (self._outer is not None and self._outer._is_signalled())
 
-    def _next(self, until_empty: bool) -> tuple[FemtoQueue, _Claims, FemtoTask] | None:
+    def _next(self, until_empty: bool) -> tuple[_Parts, FemtoTask] | None:
         """The next task. A worker that stays outlives errors, and logs one a minute."""
-        queues = [parts for _, parts in self._queues]
+        end_us = 0 if until_empty else float("inf")
         while not self._is_over():
             try:
-                end_us = 0 if until_empty else float("inf")
-                found = _wait_for_task(queues, end_us, self._is_over, self._waiting)
-                if found is None:
-                    return None
-                queue, parts = self._queues[found[0]]
-                found[1].queue = queue
-                return queue, parts.claims, found[1]
+                found = _wait_for_task(self._queues, end_us, self._is_over, self._waiting)
+                if found:
+                    found[1].queue = self._queues[found[0]]
+                return found
             except OSError as error:
                 if until_empty or error.errno is None:  # such as the TimeoutError of an alarm
                     raise
@@ -1579,8 +1537,9 @@ class _Worker:
                     time.sleep(0.1)
         return None
 
-    def _handle(self, queue: FemtoQueue, claims: _Claims, task: FemtoTask) -> bool:
+    def _handle(self, parts: _Parts, task: FemtoTask) -> bool:
         """Run the handler for one task and finish it; tell if both went well."""
+        claims = parts.claims
         self._current[:] = [(claims, task)]
         try:
             try:
@@ -1588,13 +1547,13 @@ class _Worker:
             except (Exception, SystemExit) as error:
                 if os.getpid() != self._pid:
                     raise
-                self._retry(queue, claims, task, error)
+                self._retry(parts, task, error)
                 return False
             if os.getpid() != self._pid:
                 raise SystemExit  # the handler forked, and here is the child: the task is not its own
             _check_has_run(result)
             if not task._finished:
-                claims.finish(task, "done", queue.keep_done)
+                claims.finish(task, "done")
             return True
         except NotInProgress:
             _log("%s: its lease was lost while it was handled", task.id)
@@ -1609,21 +1568,21 @@ class _Worker:
         finally:
             self._current.clear()
 
-    def _retry(self, queue: FemtoQueue, claims: _Claims, task: FemtoTask, error: BaseException) -> None:
+    def _retry(self, parts: _Parts, task: FemtoTask, error: BaseException) -> None:
         """Log what the handler raised, and have the task come back later."""
         import traceback
 
-        of = f" of {queue.max_attempts}" if queue.max_attempts else ""
+        of = f" of {parts.place.max_attempts}" if parts.place.max_attempts else ""
         text = f"{type(error).__name__}: {error}"
         _log("%s: attempt %s%s failed: %s", task.id, task.attempt, of, text, error=error)
         if not task._finished:
             delay_us = 1_000_000 * min(2 ** min(task.attempt - 1, 12), 3_600)
             # More or less by up to half: what failed together must not come back together.
             delay_us = int(delay_us * (0.5 + os.urandom(1)[0] / 255))
-            claims.retry(task, delay_us, "".join(traceback.format_exception(error)))
+            parts.claims.retry(task, delay_us, "".join(traceback.format_exception(error)))
 
     def _keep_alive(self, ended: threading.Event) -> None:
-        lease_s = min(queue.timeout_stale_ms for queue, _ in self._queues) / 1e3
+        lease_s = min(parts.place.lease_us for parts in self._queues) / 1e6
         while not ended.wait(lease_s / 3):
             for claims, task in tuple(self._current):
                 try:
@@ -1633,8 +1592,8 @@ class _Worker:
                 except OSError as error:
                     _log("%s: its lease could not be renewed", task.id, error=error)
 
-    def _defer_signals(self) -> Callable[[], None]:
-        """Collect signals to end, and interrupt the handler at the second one; return what ends that."""
+    def _defer_signals(self) -> None:
+        """Collect signals to end, and interrupt the handler at the second one."""
         import signal
 
         # What C code installed cannot be restored: Python takes it for the default.
@@ -1654,11 +1613,14 @@ class _Worker:
                 if isinstance(outer := getattr(was, "__self__", None), _Worker):
                     self._outer = outer
 
-        def restore() -> None:
-            for number, handler in self._before.items():
-                signal.signal(number, handler)
+    def _release_signals(self) -> None:
+        """Let the signals do what they would have done without `run`."""
+        import signal
 
-        return restore
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        for number in self._caught if os.getpid() == self._pid else ():
+            signal.raise_signal(number)
 
     def _catch(self, number: int, frame: object) -> None:
         """The handler of the signals that wait."""
@@ -1669,17 +1631,10 @@ class _Worker:
             signal.raise_signal(number)
             return
         self._caught.append(number)
-        for _, parts in self._queues:
+        for parts in self._queues:
             parts.place.wake()
         if len(self._caught) == 2 and self._current:
             raise _SecondSignal
-
-    def _raise_caught(self) -> None:
-        """Let the signals do what they would have done without `run`."""
-        import signal
-
-        for number in self._caught:
-            signal.raise_signal(number)
 
 
 # --- looking: what is where? --------------------------------------------------------------------------
@@ -1695,8 +1650,8 @@ class _Looking:
     def walk(self, state: str, strict: bool = False) -> Iterator[tuple[str, int, int, str]]:
         """Id, attempts, due time or deadline, and path of the tasks of `state` that this user may read.
 
-        The oldest directory first: a scheduled task that is moved closer meanwhile goes to a younger one,
-        where it is seen again rather than missed.
+        The oldest directory first: a scheduled task that is moved closer goes to a younger one, where
+        it is seen again rather than missed.
         """
         self._place.check_there()
         top = self._place.path[state]
@@ -1730,23 +1685,16 @@ class _Looking:
         return (id for _, id in sorted(tasks))
 
     def _claimed(self) -> set[str]:
-        """The ids of all claims. A renewed one has another name, which readdir may miss: a watch does not."""
-        waiting = _Waiting()
-        try:
+        """The ids of all claims. Readdir may miss the new name of a renewed one: a watch does not."""
+        with _Waiting() as waiting:
             waiting.watch(self._directories(("in_progress",)), departures=True)
             found = {id for id, _, _, _ in self.walk("in_progress")}
             return found | {task[0] for name in waiting.changes() if (task := _parse(name))}
-        finally:
-            waiting.close()
 
     def _readable(self, directory: str) -> Collection[str]:
         """The names in it, as far as this user may read."""
         try:
-            return {
-                entry.name
-                for entry in self._place.entries(directory)
-                if entry.is_file(follow_symlinks=False)
-            }
+            return self._place.files(directory)
         except PermissionError:
             return ()
 
@@ -1757,10 +1705,7 @@ class _Looking:
         just now is not trusted, and nothing is where other machines take part.
         """
         total, counted, has_hosts = 0, {}, self.has_hosts()
-        for directory in (
-            self._place.path["pending"],
-            *self._place.inner("pending"),
-        ):
+        for directory in self._directories(("pending",)):
             now_ns, info = time.time_ns(), _lstat(directory)
             changed_ns = info.st_mtime_ns if info else 0
             known = self._counted.get(directory)
@@ -1777,8 +1722,7 @@ class _Looking:
         if not self._is_id(id):
             return
         yield from self._find_quickly(id, states)
-        waiting = _Waiting()
-        try:
+        with _Waiting() as waiting:
             for _ in range(_ROUNDS * 3):
                 waiting.watch(self._directories(states), departures=True)
                 waiting.changes()
@@ -1788,8 +1732,6 @@ class _Looking:
                 # If nothing of this id moved meanwhile, nor a directory, it was nowhere.
                 if not any(name.startswith(id) or not _parse(name) for name in waiting.changes()):
                     return
-        finally:
-            waiting.close(in_place=True)
 
     def _is_id(self, id: str) -> bool:
         """May this become a path? It comes from outside; a task's name by our grammar harms nobody."""
@@ -1801,15 +1743,12 @@ class _Looking:
         for state in states:
             if state == "in_progress":
                 paths = [path for found, _, _, path in self.walk(state) if found == id]
-            elif state in _FINISHED:
-                paths = [f"{self._place.path[state]}/{id}"]
             else:
-                top, name = self._place.path[state], id
-                if state == "scheduled":
-                    name = _format(id, 0, _time_of(id))
+                name = _format(id, 0, _time_of(id)) if state == "scheduled" else id
                 # A bucket holds nothing older than its name says.
-                inner = [path for path in self._place.inner(state) if path <= f"{top}/{id}"]
-                paths = [f"{directory}/{name}" for directory in (top, *inner)]
+                end = f"{self._place.path[state]}/{id}"
+                inner = [path for path in self._directories((state,)) if path <= end]
+                paths = [f"{directory}/{name}" for directory in inner]
             for path in paths:
                 if (info := _lstat(path)) and stat.S_ISREG(info.st_mode):
                     yield state, path
@@ -1822,26 +1761,18 @@ class _Looking:
 
     def claims(self) -> list[dict[str, Any]]:
         """Who works on what."""
-        place, now_us = self._place, self._place.clock.now()
-        found: list[dict[str, Any]] = []
+        now_us = self._place.clock.now()
+        names = ("id", "attempt", "node_id", "pid", "alive", "since_s", "lease_left_s")
+        found = []
         for id, attempt, deadline_us, path in self.walk("in_progress"):
-            owner = _parse_owner(os.path.basename(os.path.dirname(path)))
-            claim, info = _parse(os.path.basename(path)), _lstat(path)
+            directory, name = os.path.split(path)
+            owner, claim, info = _parse_owner(os.path.basename(directory)), _parse(name), _lstat(path)
             if owner and claim and info:
+                alive = {True: "yes", False: "no", None: "unknown"}[_is_alive(owner)]
                 since_s = (now_us - claim[3]) / 1e6 if claim[3] else time.time() - info.st_ctime
-                alive = _is_alive(owner)
-                found.append(
-                    {
-                        "id": id,
-                        "attempt": attempt,
-                        "node_id": owner[0],
-                        "pid": owner[1],
-                        "alive": {True: "yes", False: "no", None: "unknown"}[alive],
-                        "since_s": since_s,
-                        "lease_left_s": (deadline_us - now_us) / 1e6,
-                    }
-                )
-        return found
+                left_s = (deadline_us - now_us) / 1e6
+                found.append((id, attempt, owner[0], owner[1], alive, since_s, left_s))
+        return [dict(zip(names, row, strict=True)) for row in found]
 
     def reason(self, id: str) -> str | None:
         """Why a task failed."""
@@ -1868,11 +1799,12 @@ class _Looking:
         until_s = time.time() - older_than_s
         count = 0
         for _, _, _, path in self.walk(state):
-            if info := _lstat(path):
-                # On Windows, that field is the time of creation.
-                if (info.st_mtime if os.name == "nt" else info.st_ctime) <= until_s and _unlink(path):
-                    count += 1
-                    self._place.note(os.path.dirname(path))
+            info = _lstat(path)
+            # On Windows, ctime is the time of creation.
+            changed_s = info and (info.st_mtime if os.name == "nt" else info.st_ctime)
+            if changed_s is not None and changed_s <= until_s and _unlink(path):
+                count += 1
+                self._place.note(os.path.dirname(path))
         if state == "failed":
             for entry in self._place.entries(self._place.path[state]):
                 task, reason, _ = entry.path.rpartition(_REASON)
@@ -1883,10 +1815,7 @@ class _Looking:
 
     def wait_until_empty(self, end_us: float) -> bool:
         """Wait for a moment at which nothing is unfinished."""
-        place = self._place
-        waiting = _Waiting()
-        place.begin_to_wait(waiting)
-        try:
+        with _Waiting(self._place.waiting) as waiting:
             while True:
                 # What is busy ends in in_progress/: watch that, then look, then wait.
                 waiting.watch(self._directories(("in_progress",)), departures=True)
@@ -1897,14 +1826,11 @@ class _Looking:
                     waiting.changes()
                     if self._is_empty() and not waiting.changes():
                         return True
-                if place.is_stopped() or _since_boot_us() >= end_us:
+                if self._place.is_stopped or _since_boot_us() >= end_us:
                     return False
                 waiting.wait(min(_LOOK_US, end_us - _since_boot_us()) / 1e6)
                 # A busy queue changes at every task: not more than a hundred looks a second.
                 time.sleep(max(0.0, min(0.01, (begun_us + 10_000 - _since_boot_us()) / 1e6)))
-        finally:
-            place.end_waiting(waiting)
-            waiting.close()
 
     def _is_empty(self) -> bool:
         return not any(True for state in _UNFINISHED for _ in self.walk(state, strict=True))
@@ -1916,13 +1842,24 @@ class _Waiting:
     Where that cannot be had, their change times are looked at every 9 ms.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, among: set[_Waiting] | None = None) -> None:
+        self._among = among  # those that `stop` wakes
         self._lock = _thread.RLock()  # a signal handler may wake what it interrupts
         self._rung = False
         self._inotify = self._bell = -1
         self._libc: Any = None  # once it was tried
         self._poll: Any = None
-        self._times: dict[str, list[float]] = {}
+        self._times: dict[str, float] = {}
+
+    def __enter__(self) -> _Waiting:
+        if self._among is not None:
+            self._among.add(self)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self._among is not None:
+            self._among.discard(self)
+        self.close()
 
     def _open(self) -> None:
         self._libc = False
@@ -1934,12 +1871,11 @@ class _Waiting:
                 self._libc = ctypes.CDLL(None)
                 self._inotify = self._libc.inotify_init1(os.O_NONBLOCK | os.O_CLOEXEC)
                 if self._inotify >= 0:
-                    self._bell = os.eventfd(
-                        0, os.EFD_NONBLOCK | os.EFD_CLOEXEC
-                    )  # by which another thread ends a wait
+                    # By which another thread ends a wait.
+                    self._bell = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
                     self._poll = select.poll()
-                    self._poll.register(self._inotify, select.POLLIN)
-                    self._poll.register(self._bell, select.POLLIN)
+                    for descriptor in (self._inotify, self._bell):
+                        self._poll.register(descriptor, select.POLLIN)
             except (ImportError, OSError, AttributeError):
                 self.close()
 
@@ -1947,8 +1883,8 @@ class _Waiting:
         """Begin, or go on, to watch these for what comes, and for what goes if `departures`."""
         if self._libc is None:
             self._open()
-        # ONLYDIR, CREATE, MOVED_TO, and DELETE, MOVED_FROM; or else ONESHOT: a worker that is busy again
-        # must cost those nothing who push.
+        # ONLYDIR, CREATE, MOVED_TO, and DELETE, MOVED_FROM or else ONESHOT: a worker that is busy
+        # again must cost those nothing who push.
         mask = 0x1000180 | (0x240 if departures else 0x80000000)
         paths = list(directories)
         for path in paths if self._inotify >= 0 else ():
@@ -1956,33 +1892,25 @@ class _Waiting:
             if added < 0 and os.path.isdir(path):
                 self.close()  # no more watches are to be had
                 break
-        self._times = {} if self._inotify >= 0 else {path: _modified([path]) for path in paths}
+        self._times = {} if self._inotify >= 0 else {path: _modified(path) for path in paths}
 
     def wait(self, seconds: float) -> None:
         """Sleep until something changes, somebody wakes it, or so much time is over."""
         if self._inotify >= 0:
             if not self._rung:
                 self._poll.poll(max(0, seconds * 1_000))
-            self._hear()
             self.changes()
-            return
-        # That nothing changed proves nothing: a filesystem's time moves in steps. So not for long.
-        end_us = _since_boot_us() + min(seconds, 0.1) * 1e6
-        while not self._rung and (left_s := (end_us - _since_boot_us()) / 1e6) > 0:
-            time.sleep(min(left_s, _POLL_S))
-            if self.changes():
-                break
-        self._rung = False
-
-    def _hear(self) -> None:
-        """Forget what woke this: who waits asks then if all is over."""
-        with self._lock:
+        else:
+            # That nothing changed proves nothing: a filesystem's time moves in steps. So not for long.
+            end_us = _since_boot_us() + min(seconds, 0.1) * 1e6
+            while not self._rung and (left_s := (end_us - _since_boot_us()) / 1e6) > 0:
+                time.sleep(min(left_s, _POLL_S))
+                if self.changes():
+                    break
+        with self._lock:  # forget what woke this: who waits asks then if all is over
             self._rung = False
             if sys.platform == "linux" and self._bell >= 0:
-                try:
-                    os.eventfd_read(self._bell)
-                except BlockingIOError:
-                    pass
+                _try(os.eventfd_read, self._bell)
 
     def changes(self) -> set[str]:
         """The names that came or went since this was asked before; "" for one that cannot be told."""
@@ -1990,9 +1918,7 @@ class _Waiting:
             # What changed within the tick of the filesystem's clock may have changed again.
             new_s = time.time() - 0.02
             times = self._times.items()
-            return {
-                "" for path, was in times if max(was, default=0) > new_s or _modified([path]) != was
-            }
+            return {"" for path, was in times if was > new_s or _modified(path) != was}
         names: set[str] = set()
         try:
             while events := os.read(self._inotify, 65_536):
@@ -2012,8 +1938,8 @@ class _Waiting:
             if sys.platform == "linux" and self._bell >= 0:
                 os.eventfd_write(self._bell, 1)
 
-    def close(self, in_place: bool = False) -> None:
-        """Close the descriptors, under the lock: another thread must not write to a number's next owner.
+    def close(self, in_place: bool = True) -> None:
+        """Close the descriptors, under the lock: nobody must write to the next owner of a number.
 
         To close an inotify descriptor takes 8 ms: the kernel waits until nobody reads its watches any
         more (synchronize_srcu). If not `in_place`, a thread does that, and ends: whoever waited for a
@@ -2045,24 +1971,22 @@ _closing = _thread.allocate_lock()  # held while a thread does it: one at a time
 
 
 class _Place:
-    """Where is the queue, and how durable is a change? What the parts of one object in one process share."""
+    """Where is the queue, and how durable is a change? What the parts of one object share."""
 
     def __init__(self, queue: FemtoQueue) -> None:
         self.root = root = queue._root
         self.durable = queue.sync_after_write
         self.lease_us = int(queue.timeout_stale_ms * 1_000)
         self.max_attempts = queue.max_attempts
-        self.keep_done = queue.keep_done
-        self.keep_failed = queue.keep_failed
+        self.keeps = {"done": queue.keep_done, "failed": queue.keep_failed, "corrupt": True}
         self.maxsize = queue.maxsize
         self.path = {state: f"{root}/{state}" for state in (*STATES, "creating")}
         self.layout = f"{root}/layout"
         self.owner = _Owner(self, queue.node_id)
         self.clock = _Clock(self)
-        # By path, what cannot be had is set aside for a minute; here with its error, as OSError takes it.
+        # By path: what cannot be had is set aside for a minute, with its error as OSError takes it.
         self.troubles: dict[str, tuple[int | None, str | None, object]] = {}
         self.last_trouble: tuple[int | None, str | None, object] = (None, None, None)
-        self.retrying = 0  # how many threads look whether that can be had after all
         self.passed_over = 0  # how often something was, or is still, set aside
         self.has_company = False  # other processes claim tasks, so far as the last look told
         self.has_hosts = False  # other machines or containers do
@@ -2072,9 +1996,9 @@ class _Place:
         self._gift: tuple[int, int] | None = None  # owner and group of the directory, once root asked
         changes = _Changes(self.durable)
         self.note, self.sync, self.forget_changes = changes.note, changes.sync, changes.forget
-        self._waiting: set[_Waiting] = set()
-        self._runs: list[tuple[int, Any]] = []  # a thread, and the lock that it holds while it runs
-        self._is_stopped = False
+        self.waiting: set[_Waiting] = set()
+        self.runs: list[tuple[int, Any]] = []  # a thread, and the lock that it holds while it runs
+        self.is_stopped = False  # and so are those that begin later
 
     # Opening, and what heals.
 
@@ -2084,7 +2008,7 @@ class _Place:
         if layout is None:
             if os.path.isdir(self.root) and _is_original(self.root):
                 raise FemtoQueueError(
-                    f"{self.root} is a directory of the original femtoqueue 0.3 or 0.4; it is left as it "
+                    f"{self.root} is of the original femtoqueue 0.3 or 0.4; it is left as it "
                     'is. README says under "From the original femtoqueue" how to move its tasks over'
                 )
             self._make_all()
@@ -2105,15 +2029,13 @@ class _Place:
             return None
         words = text.partition("\n")[0].split()
         if len(words) != 3 or words[:2] != ["femtoqueue", "layout"] or not _is_digits(words[2]):
-            raise FemtoQueueError(
-                f"{self.layout} names no version; it should begin: femtoqueue layout 1"
-            )
+            raise FemtoQueueError(f"{self.layout} should begin with a line like: femtoqueue layout 1")
         return int(words[2])
 
     def _make_all(self) -> None:
         """Make the directory; last of all its version file: without it, the next opening does the same.
 
-        Who may only look, or only delete, needs neither: then errors of rights and room are no obstacle.
+        Who may only look, or delete, needs neither: so errors of rights and room are no obstacle.
         """
         found = os.path.isdir(self.root)
         draft = self.owner.draft + "%016d" % _wall_us()
@@ -2157,12 +2079,9 @@ class _Place:
 
     def _share(self, target: str | int, mask: int = 0o7777) -> None:
         """Give a path or descriptor the permission bits of data_dir; made by root, also its owner."""
-        info = os.stat(self.root)
-        if (
-            os.name != "nt"
-            and stat.S_IMODE(os.stat(target).st_mode) != stat.S_IMODE(info.st_mode) & mask
-        ):
-            _try(os.chmod, target, stat.S_IMODE(info.st_mode) & mask)
+        mode = stat.S_IMODE(os.stat(self.root).st_mode) & mask
+        if os.name != "nt" and stat.S_IMODE(os.stat(target).st_mode) != mode:
+            _try(os.chmod, target, mode)
         self.hand_over(target)
 
     def hand_over(self, target: str | int) -> None:
@@ -2219,11 +2138,9 @@ class _Place:
         self.note(os.path.dirname(source), os.path.dirname(target))
         return True
 
-    def finish(
-        self, path: str, state: str, id: str, keep: bool = True, reason: str | None = None
-    ) -> bool:
-        """Move a task to done/, failed/ or corrupt/, or delete it; False if it is not there any more."""
-        if not keep:
+    def finish(self, path: str, state: str, id: str, reason: str | None = None) -> bool:
+        """Move a task to done/, failed/ or corrupt/, or delete it; False if it is not there now."""
+        if not self.keeps[state]:
             if gone := _unlink(path):
                 self.note(os.path.dirname(path))
             return gone
@@ -2259,27 +2176,21 @@ class _Place:
                 raise
             self.check_there()
 
-    def listing(self, directory: str) -> list[os.DirEntry[str]]:
-        return list(self.entries(directory))
-
     def inner(self, state: str) -> list[str]:
         """The paths of the buckets, or owners' directories, of a state, in order."""
         is_inner = _is_owner if state == "in_progress" else _is_bucket
         return sorted({entry.path for entry in self.entries(self.path[state]) if is_inner(entry)})
 
     def names(self, directory: str) -> Collection[str]:
-        """The names of the regular files in it; none if it is gone, or must be passed over.
-
-        A set: some filesystems list a name twice.
-        """
+        """The names of the regular files in it; none if it is gone, or must be passed over."""
         if not self.passes_over(directory):
             try:
-                return _twice(self._names, directory)
+                return _twice(self.files, directory)
             except OSError as error:
                 self.set_aside(directory, error)
         return ()
 
-    def _names(self, directory: str) -> set[str]:
+    def files(self, directory: str) -> set[str]:
         return {entry.name for entry in self.entries(directory) if entry.is_file(follow_symlinks=False)}
 
     def set_aside(self, path: str, error: OSError) -> None:
@@ -2302,62 +2213,27 @@ class _Place:
         self.troubles.clear()
         self._told.clear()
 
-    def has_finished_twin(self, descriptor: int, id: str) -> bool:
-        """Does a claimed file lie in done/ or failed/ as well?
-
-        Healing a distributed filesystem can leave a renamed file under both names. To rename it onto
-        its other name then succeeds and does nothing: POSIX.
-        """
-        info = os.fstat(descriptor)
-        others = (_lstat(f"{self.path[state]}/{id}") for state in ("done", "failed"))
-        return info.st_nlink > 1 and any(other and os.path.samestat(other, info) for other in others)
-
     # Those who wait, and those who run.
 
     def inherit(self, last: _Place) -> None:
-        self._is_stopped = last._is_stopped
-
-    def is_stopped(self) -> bool:
-        return self._is_stopped
-
-    def begin_to_wait(self, waiting: _Waiting) -> None:
-        self._waiting.add(waiting)
-
-    def end_waiting(self, waiting: _Waiting) -> None:
-        self._waiting.discard(waiting)
-        waiting.close()
+        self.is_stopped = last.is_stopped
 
     def wake(self) -> None:
         """End all waits of this object."""
-        for waiting in list(self._waiting):
+        for waiting in list(self.waiting):
             waiting.wake()
 
     def stop(self) -> None:
         """End all waits and runs of this object, and those that begin later."""
-        self._is_stopped = True
+        self.is_stopped = True
         self.wake()
-
-    def begin_run(self, waiting: _Waiting) -> tuple[int, Any]:
-        """Note that this thread runs a handler; `end_run` ends that."""
-        self._waiting.add(waiting)
-        lock = _thread.allocate_lock()
-        lock.acquire()
-        run = (_thread.get_ident(), lock)
-        self._runs.append(run)
-        return run
-
-    def end_run(self, run: tuple[int, Any], waiting: _Waiting) -> None:
-        self._waiting.discard(waiting)
-        waiting.close(in_place=True)
-        self._runs.remove(run)
-        run[1].release()
 
     def stop_and_wait(self) -> None:
         """Stop, and wait until nothing runs any more."""
-        if any(thread == _thread.get_ident() for thread, _ in list(self._runs)):
+        if any(thread == _thread.get_ident() for thread, _ in list(self.runs)):
             raise FemtoQueueError("close() was called by the handler that run() runs; use stop()")
         self.stop()  # before it is asked what runs: what begins later ends at once
-        for _, lock in list(self._runs):
+        for _, lock in list(self.runs):
             with lock:
                 pass
 
@@ -2435,24 +2311,17 @@ class _Clock:
 
     def now(self) -> int:
         """The time. Looking at it writes nothing."""
-        if self._offset_us is None:
-            if self.path:
-                self._offset_us = _read_offset(self.path)
-            if self._offset_us is None:
-                return max(_wall_us(), self._last_us[0])
-        return max(_since_boot_us() + self._offset_us, self._last_us[0])
+        if self._offset_us is None and self.path:
+            self._offset_us = _read_offset(self.path)
+        now_us = _wall_us() if self._offset_us is None else _since_boot_us() + self._offset_us
+        return max(now_us, self._last_us[0])
 
     def stamp(self) -> int:
         """A time above all that this process has stamped: should the clock be frozen, order is not."""
         if self._offset_us is None and self.path:
-            self._offset_us = _read_offset(self.path)
-            if self._offset_us is None:
-                self._offset_us = self._choose_offset()
+            self._offset_us = _read_offset(self.path) or self._choose_offset()
         with self._lock:
-            now_us = self.now()
-            if now_us <= self._last_us[0]:
-                now_us = self._last_us[0] + 1
-            self._last_us[0] = now_us
+            now_us = self._last_us[0] = max(self.now(), self._last_us[0] + 1)
         return now_us
 
     def _choose_offset(self) -> int:
@@ -2504,16 +2373,12 @@ def _wall_us() -> int:
 # Not time.monotonic: it stands still while the machine sleeps, and tools that freeze time patch it.
 _BOOT_CLOCK = getattr(time, "CLOCK_BOOTTIME", getattr(time, "CLOCK_MONOTONIC", 0))
 
-if sys.platform == "win32" or not _BOOT_CLOCK:
 
-    def _since_boot_us() -> int:
+def _since_boot_us() -> int:
+    """Since the machine was booted, asleep or not, as far as the system tells."""
+    if sys.platform == "win32" or not _BOOT_CLOCK:
         return int(time.monotonic() * 1_000_000)
-
-else:
-
-    def _since_boot_us() -> int:
-        """Since the machine was booted, asleep or not, as far as the system tells."""
-        return int(time.clock_gettime(_BOOT_CLOCK) * 1_000_000)
+    return int(time.clock_gettime(_BOOT_CLOCK) * 1_000_000)
 
 
 def _end_us(timeout_s: float | None) -> float:
@@ -2537,7 +2402,7 @@ def _read_offset(path: str) -> int | None:
 
 
 class _Owner:
-    """Who claims here? One FemtoQueue object in one process: its name, and the directory of its claims."""
+    """Who claims here? One object in one process: its name, and the directory of its claims."""
 
     def __init__(self, place: _Place, node_id: str) -> None:
         me = _identity()
@@ -2546,12 +2411,10 @@ class _Owner:
         self.name = f"{node_id}~{me.pid}~{me.start}~{me.place}~{_copy}{os.urandom(4).hex()}"
         self.draft = f"{place.path['creating']}/{self.name}~"
         self.directory = f"{place.path['in_progress']}/{self.name}"
-        self._root = place.root
-        self._make = place.make
+        self._place = place
         self._lock = _thread.RLock()
         self._is_ready = False  # the directory was made, and if that was asked for, for good
-        self._claims = 0  # how many were made, and how many when this was last asked
-        self._claims_before = 0
+        self._claims = 0  # since `rest` was called
         self._is_closed = False
         _living.add(self.name)
 
@@ -2562,7 +2425,7 @@ class _Owner:
                 return False
             with self._lock:  # another thread must not claim before the directory is on disk
                 self._is_ready = False
-                self._make(self.directory)
+                self._place.make(self.directory)
                 self._is_ready = True
             if not _rename(source, path):
                 return False
@@ -2571,13 +2434,12 @@ class _Owner:
         return True
 
     def rest(self) -> None:
-        """Remove the empty directory of a worker that was idle since the last call: nobody has to look
-        into it then."""
-        if self._claims == self._claims_before:
+        """Remove the empty directory if nothing was claimed since the last call: all look into it."""
+        if not self._claims:
             with self._lock:
                 self._is_ready = False
                 _try(os.rmdir, self.directory)
-        self._claims_before = self._claims
+        self._claims = 0
 
     def inherit(self, last: _Owner) -> None:
         self._is_closed = last._is_closed
@@ -2596,7 +2458,7 @@ class _Owner:
         """Nobody can finish its claims any more, as far as this process knows."""
         _living.discard(self.name)
         if self._is_ready:
-            _departures[self._root] = _departures.get(self._root, 0) + 1
+            _departures[self._place.root] = _departures.get(self._place.root, 0) + 1
 
 
 _copy = os.urandom(4).hex()  # tells this copy of the file from others in one process
@@ -2710,23 +2572,15 @@ _REASON = "~reason"  # behind the id, in failed/
 
 
 def _format(id: str, used: int, time_us: int | None = None, since_us: int | None = None) -> str:
-    """The file name of a task that was delivered `used` times.
-
-    `time_us`: its place in pending/, its due time in scheduled/, its deadline in in_progress/. There,
-    `since_us` is when it was claimed, once its lease was renewed.
-    """
-    if since_us is not None:
-        return "%s~%d~%016d~%016d" % (id, used, time_us or 0, since_us)
-    if time_us is not None:
-        return "%s~%d~%016d" % (id, used, time_us)
-    return f"{id}~{used}" if used else id
+    """The file name of a task: see the module's docstring."""
+    if time_us is None:
+        return f"{id}~{used}" if used else id
+    name = "%s~%d~%016d" % (id, used, time_us)
+    return name if since_us is None else "%s~%016d" % (name, since_us)
 
 
 def _parse(name: str) -> tuple[str, int, int, int] | None:
-    """Id, deliveries used up, time and since (0 if not given); None if this is no name of a task.
-
-    A name without a time, as shell scripts make them, has the time of its id.
-    """
+    """Id, deliveries used up, time (or that of its id) and since (or 0); None if it names no task."""
     id, tilde, rest = name.partition("~")
     if not _is_id(id):
         return None
@@ -2830,7 +2684,7 @@ def _find_claim(directory: str, id: str, attempt: int, names: Iterable[str]) -> 
 
 
 def _is_original(root: str) -> bool:
-    """Does a task in this directory begin with what the original femtoqueue wrote before each payload?"""
+    """Does a task here begin with what the original femtoqueue wrote before each payload?"""
     directories = [entry for entry in _scan(root) if entry.is_dir(follow_symlinks=False)]
     for entry in itertools.chain.from_iterable(map(_scan, directories)):
         if entry.name.lstrip("-")[:1].isdigit() and entry.is_file(follow_symlinks=False):
@@ -2857,9 +2711,9 @@ def _chunks(descriptor: int) -> Iterator[bytes]:
         yield chunk
 
 
-def _crc(descriptor: int) -> int:
+def _crc(chunks: Iterable[bytes]) -> int:
     crc = 0
-    for chunk in _chunks(descriptor):
+    for chunk in chunks:
         crc = zlib.crc32(chunk, crc)
     return crc
 
@@ -2966,29 +2820,27 @@ def _scan(directory: str | os.DirEntry[str]) -> Iterator[os.DirEntry[str]]:
         yield from entries
 
 
-def _modified(directories: Iterable[str]) -> list[float]:
-    """When each was changed, by the filesystem's clock."""
+def _modified(directory: str) -> float:
+    """When it was changed, by the filesystem's clock; 0 if unknown: whoever lists it will see."""
     try:
-        return [os.stat(directory).st_mtime for directory in directories]
+        return os.stat(directory).st_mtime
     except OSError:
-        return []  # whoever lists it will see
+        return 0.0
 
 
 def _make_directories(path: str) -> list[str]:
     """Make a directory and what is missing above it; return those that were made."""
-    made: list[str] = []
     try:
         os.mkdir(path)
-        made.append(path)
+        return [path]
     except FileNotFoundError:
         if os.path.isdir(os.path.dirname(path)):  # in /proc
             raise
-        made += _make_directories(os.path.dirname(path))
-        made += _make_directories(path)
+        return _make_directories(os.path.dirname(path)) + _make_directories(path)
     except FileExistsError:
         if os.path.lexists(path) and not os.path.isdir(path):  # a file, or a link that leads nowhere
             raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), path) from None
-    return made
+        return []
 
 
 def _sync_directory(directory: str) -> None:
@@ -3052,15 +2904,17 @@ def _check(
         kinds = (int, float)
     if not isinstance(value, kinds) or (isinstance(value, bool) and "True" not in wanted):
         raise TypeError(f"{name}: expected {wanted}, got {type(value).__name__}")
-    if least is not None and isinstance(value, (int, float)):
-        # No float holds an int above 1e308.
-        if not least <= value <= most or (isinstance(value, int) and value > 1e300):
-            raise ValueError(f"{name}: {value} is not between {least:g} and {most:g} ({wanted})")
+    if least is None or not isinstance(value, (int, float)):
+        return
+    # No float holds an int above 1e308.
+    if not least <= value <= most or (isinstance(value, int) and value > 1e300):
+        raise ValueError(f"{name}: {value} is not between {least:g} and {most:g} ({wanted})")
 
 
-def _check_state(state: str, states: Sequence[str]) -> None:
+def _check_state(state: str, states: Sequence[str]) -> str:
     if state not in states:
         raise ValueError(f"state: {state!r} is none of {', '.join(states)}")
+    return state
 
 
 def _check_node_id(node_id: str) -> None:
@@ -3139,9 +2993,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     import argparse
 
-    parser = argparse.ArgumentParser(
-        prog="femtoqueue", description="A task queue in a directory, from the shell."
-    )
+    about = "A task queue in a directory, from the shell."
+    parser = argparse.ArgumentParser(prog="femtoqueue", description=about)
     parser.add_argument("--version", action="version", version=f"femtoqueue {__version__}")
     parser.add_argument("dir", metavar="DIR", help="the queue's directory")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
@@ -3179,7 +3032,8 @@ def _parser() -> argparse.ArgumentParser:
 
 def _complain(message: object) -> int:
     try:
-        print(f"femtoqueue: {message}", file=sys.stderr or open(os.devnull, "w"))
+        if sys.stderr is not None:
+            print(f"femtoqueue: {message}", file=sys.stderr)
     except OSError:
         pass  # nobody reads that any more
     return 1
@@ -3253,8 +3107,7 @@ def _cell(column: str, value: object) -> str:
 
 
 def _command_list(options: argparse.Namespace) -> int:
-    queue = _open(options)
-    id = None
+    queue, id = _open(options), None
     for id in queue.ids(options.state):
         reason = (queue.reason(id) or "").strip().splitlines() if options.reasons else []
         print(f"{id}  {reason[-1]}" if reason else id)
@@ -3265,9 +3118,8 @@ def _command_push(options: argparse.Namespace) -> int:
     queue = _open(options, make=True)
     for path in options.files:
         if not os.path.exists(path):
-            raise FemtoQueueError(
-                f"there is no file {path!r}; to push text: echo ... | femtoqueue DIR push"
-            )
+            text = f"there is no file {path!r}; to push text: echo ... | femtoqueue DIR push"
+            raise FemtoQueueError(text)
         print(queue.push_file(path), flush=True)
     if not options.files:
         print(queue.push_file(_input()))
@@ -3301,12 +3153,10 @@ def _command_run(options: argparse.Namespace) -> int:
         raise ValueError(f"there is no command {options.cmd!r}; for a pipeline: sh -c '...'")
     _reset_signals()
 
-    class OneLine(logging.Formatter):
-        def formatException(self, ei: object) -> str:
-            return ""
-
+    formatter = logging.Formatter("femtoqueue: %(message)s")
+    formatter.formatException = lambda ei: ""  # type: ignore[method-assign]  # one line an error
     console = logging.StreamHandler()
-    console.setFormatter(OneLine("femtoqueue: %(message)s"))
+    console.setFormatter(formatter)
     logging.getLogger("femtoqueue").addHandler(console)
     logging.raiseExceptions = False  # a log that nobody reads any more is no reason to stop
 
@@ -3332,7 +3182,7 @@ def _reset_signals() -> None:
     if sys.platform != "win32":
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # ignored, it hides each exit status
         signal.signal(signal.SIGPIPE, signal.SIG_IGN)  # a closed log must not end a worker
-        # Ctrl-Z would stop the renewal of the lease, and not the command. Ignored, it would be for that too.
+        # Ctrl-Z would stop the renewal of the lease and not the command. (SIG_IGN is inherited.)
         signal.signal(signal.SIGTSTP, lambda *_: None)
         signal.pthread_sigmask(signal.SIG_SETMASK, ())
 
@@ -3344,15 +3194,15 @@ def _run_command(command: list[str], task: FemtoTask) -> int:
     with open(task.path, "rb", buffering=0) as payload:
         # The claim is renamed when its lease is renewed; the open file has a name that stays.
         path = f"/proc/{os.getpid()}/fd/{payload.fileno()}"
-        environment = {
-            **os.environ,
+        about = {
             "FEMTOQUEUE_ID": task.id,
             "FEMTOQUEUE_ATTEMPT": str(task.attempt),
             "FEMTOQUEUE_PATH": path if os.path.exists(path) else task.path,
         }
         # In a session of its own: Ctrl-C is for us, who let it finish.
+        own_session = sys.platform != "win32"
         child = subprocess.Popen(
-            command, stdin=payload, env=environment, start_new_session=sys.platform != "win32"
+            command, stdin=payload, env=os.environ | about, start_new_session=own_session
         )
         try:
             return child.wait()
@@ -3366,27 +3216,24 @@ def _run_command(command: list[str], task: FemtoTask) -> int:
 
 
 def _command_requeue(options: argparse.Namespace) -> int:
-    queue = _open(options)
-    return _for_each(options.ids, queue, queue.requeue, "failed, corrupt, done or scheduled")
+    return _for_each(options, FemtoQueue.requeue, "failed, corrupt, done or scheduled")
 
 
 def _command_cancel(options: argparse.Namespace) -> int:
-    queue = _open(options)
-    return _for_each(options.ids, queue, queue.cancel, "pending or scheduled")
+    return _for_each(options, FemtoQueue.cancel, "pending or scheduled")
 
 
-def _for_each(ids: list[str], queue: FemtoQueue, call: Callable[[str], bool], wanted: str) -> int:
-    status = 0
-    for id in ids:
-        if not call(id):
+def _for_each(options: argparse.Namespace, call: Callable[[FemtoQueue, str], bool], wanted: str) -> int:
+    queue, status = _open(options), 0
+    for id in options.ids:
+        if not call(queue, id):
             state = queue.status(id)
             status = _complain(f"{id} is {state}, not {wanted}" if state else f"there is no task {id}")
     return status
 
 
 def _command_purge(options: argparse.Namespace) -> int:
-    count = _open(options).purge(options.state, _seconds(options.age))
-    print(count)
+    print(count := _open(options).purge(options.state, _seconds(options.age)))
     return 0 if count else 1
 
 
