@@ -55,9 +55,10 @@ done unasked is logged to the logger "femtoqueue".
 
 To read on: FemtoQueue is the face. Behind it, _Producer writes tasks, _Buckets says into which
 directory; _Consumer claims the oldest of a _Listing; _Claims gives the verdict; _Keeper brings back
-what is due or abandoned; _Worker is the loop; _Looking finds and counts; _Waiting sleeps until
-something changes. All stand on _Place, the directory. Below it are the clock, owners and who of them is
-alive, names, payloads, the filesystem and arguments, which know nothing of queues.
+what is due or abandoned; _Worker is the loop; _Looking finds, counts and deletes; _Waiting
+sleeps until something changes. All stand on _Place, the directory, with its _Clock, its _Owner, and
+_Changes, which makes durable. Below is what knows nothing of queues: who is alive, names,
+payloads, the filesystem, arguments. The command line is last.
 """
 
 from __future__ import annotations
@@ -137,7 +138,7 @@ class FemtoTask:
 
     queue: FemtoQueue | None = None
     _bucket = ""  # the directory that it was claimed from
-    _verdict = ""  # given: the claim was moved
+    _verdict = ""  # the state that the claim was moved to
     _finished = False  # and that is on disk, if it was asked for
     _was_taken = False
     _since_us = 0  # when it was claimed, and when its lease ends, by the queue clock
@@ -235,12 +236,12 @@ class FemtoQueue:
         self.maxsize: int = maxsize
         self._root = os.path.abspath(root)  # the program may change its directory
         self._parts: dict[int, _Parts] = {}
-        self._free: set[str] = set()  # what my node_id has claimed elsewhere: see _Keeper
+        self._free: set[str] = set()  # what my node_id had claimed elsewhere; children keep it
         self._here().place.open()
         self._here().keeper.note_own_elsewhere()
 
     def _here(self) -> _Parts:
-        """The parts of this process. A child, however forked, has its own: it claims as itself."""
+        """This process's parts, unless closed. A forked child has its own: it claims as itself."""
         parts = self._own_parts()
         parts.owner.check_open()
         return parts
@@ -323,7 +324,8 @@ class FemtoQueue:
 
         Finish it with `done`, `fail` or `retry`. Due tasks become pending first. So do those of dead or
         hung workers: at the first `pop` of an object, and then within a second. Returns None only after
-        `timeout` seconds, where None waits for ever, and never while a task is pending or due.
+        `timeout` seconds, where None waits for ever, and never while a task is pending or due; but
+        `stop` ends the wait.
         """
         parts = self._here()
         if timeout == 0:
@@ -367,8 +369,8 @@ class FemtoQueue:
     ) -> int:
         """Hand task after task to `handler`: what a worker's main program usually is.
 
-        When it returns, the task is done; it may also finish the task itself. When it raises (or exits)
-        included), that is logged and the task comes back after about 1, 2, 4, ... seconds, at most an
+        When it returns, the task is done; it may also finish the task itself. When it raises or exits,
+        that is logged and the task comes back after about 1, 2, 4, ... seconds, at most an
         hour, until `max_attempts` are used up. Then it fails; the traceback is its reason. While the
         handler runs, the lease is renewed; `task.lost` tells if it was lost all the same. What it
         returns is ignored, but a coroutine or generator raises TypeError: it would never run.
@@ -461,7 +463,7 @@ class FemtoQueue:
         return looking.purge(state, older_than_s)
 
     def join(self, timeout: float | None = None) -> bool:
-        """Wait until nothing is pending, in progress or scheduled; False if `timeout` seconds ran out.
+        """Wait until nothing is pending, in progress or scheduled; False upon `timeout` or `stop`.
 
         True only if there was such a moment. It only watches: others must be working.
         """
@@ -487,7 +489,7 @@ class FemtoQueue:
 
 
 class _Parts:
-    """The parts behind one FemtoQueue object in one process. Nothing in them may survive a fork."""
+    """The parts behind one FemtoQueue object in one process. A forked child makes its own."""
 
     def __init__(self, queue: FemtoQueue, last: _Parts | None) -> None:
         self.place = place = _Place(queue)
@@ -514,7 +516,7 @@ class _Producer:
         self._looking = looking
         self._pending, self._scheduled = buckets
         self._room = _Room(place, looking)
-        # Unique, and it orders what is stamped in one microsecond.
+        # Unique, and it orders what is scheduled for one microsecond: stamps differ anyway.
         self._nonce = itertools.count(int.from_bytes(os.urandom(9), "big") >> 1)
 
     def add(self, chunks: Iterable[bytes], due_us: int | None = None) -> str:
@@ -526,7 +528,7 @@ class _Producer:
 
     def _add(self, chunks: Iterable[bytes], due_us: int | None) -> str:
         place = self._place
-        time_us = max(place.clock.stamp(), due_us or 0)
+        time_us = max(place.clock.stamp(), due_us or 0)  # the id of a scheduled task has its due time
         stem = self._new_stem(time_us)
         draft = place.owner.draft + stem
         try:
@@ -560,7 +562,7 @@ class _Producer:
             raise _not_found(draft)
 
     def add_together(self, items: Iterable[bytes]) -> list[str]:
-        """Write all, sync all, publish all in order, sync again. If that fails, all is withdrawn."""
+        """Write all, sync all, publish all in order, sync again. Or withdraw what no worker has."""
         place = self._place
         drafts: list[tuple[str, int, str]] = []  # path, time, id
         added: list[str] = []
@@ -576,9 +578,9 @@ class _Producer:
                 drafts.append((path, time_us, f"{stem}.{zlib.crc32(data):08x}"))
                 open_files.append(place.create(path))
                 _write_all(open_files[-1], data)
-                if len(open_files) == 100:
-                    _sync_files(open_files)
-            _sync_files(open_files)
+                if len(open_files) == 100:  # before descriptors run out; this empties the list
+                    _sync_and_close(open_files)
+            _sync_and_close(open_files)
             for path, time_us, id in drafts:
                 bucket = self._pending.put(path, time_us, id)
                 if bucket is None:
@@ -661,7 +663,7 @@ class _Room:
         self._looking = looking
         self._lock = _thread.RLock()  # reentrant, for signal handlers
         self._free = 0  # so many may come before it is counted again
-        self._claimed = 0  # our own claims, less what came back: up to here in `_free`
+        self._claimed = 0  # our claims less our returns, as far as `_free` knows them
         self._under_way = 0  # taken, but not published yet: the count does not see them
 
     def __enter__(self) -> None:
@@ -708,7 +710,8 @@ class _Buckets:
     """Which directory of pending/, or of scheduled/, does a task go into? None of them becomes large.
 
     Everybody begins with the bucket of the current period, and goes on to own ones of 1,000 tasks.
-    In scheduled/ a period is a tenth of the wait or shorter: what has begun soon falls due as a whole.
+    In scheduled/ a period is a tenth of the wait or shorter, but 10 s at least: once it has begun, all
+    of its bucket is due soon.
     """
 
     def __init__(self, place: _Place, state: str) -> None:
@@ -738,12 +741,11 @@ class _Buckets:
             try:
                 if _rename(source, target):
                     old = os.path.dirname(source)
-                    if old == self._place.path["creating"]:  # what comes back there is no task
-                        old = bucket.path
-                    self._place.note(old, bucket.path)
+                    is_draft = old == self._place.path["creating"]  # which is no task if it comes back
+                    self._place.note(bucket.path, *(() if is_draft else (old,)))
                     return bucket.path
             except BaseException as error:
-                _try(_rename, target, source)  # for what came when that was done
+                _try(_rename, target, source)  # a signal handler may raise after the rename
                 if isinstance(error, PermissionError) and not bucket.is_own:
                     bucket.left = 0  # another user's, who keeps it to himself
                     continue
@@ -799,7 +801,9 @@ class _Buckets:
 
 
 # --- through: which task is next, and is it mine? -----------------------------------------------------
-# What a call claims, or tries to, and where that was.
+
+
+# What a call claims, or tries to: the claim's path, and where the task was.
 _Mine = dict[str, str]
 
 
@@ -815,7 +819,7 @@ class _Consumer:
         self._misses = 0  # rises when another worker was quicker, falls with each claim
 
     def look(self) -> FemtoTask | None:
-        """Claim the oldest task; None if there is none. What cannot be had is tried again at last."""
+        """Claim the oldest task, or None. What was set aside is tried again at last, or raised."""
         place, listing = self._place, self._listing
         mine: _Mine = {}
         try:
@@ -894,8 +898,8 @@ class _Consumer:
     def _is_everywhere(self, error: OSError) -> bool:
         """Is it so with every task? No descriptors, or no room for a claim; not in corrupt/."""
         target = str(error.filename2 or error.filename)
-        full = target.startswith(self._place.path["in_progress"])
-        return error.errno in _SCARCE or (full and error.errno in _FULL)
+        claiming = target.startswith(self._place.path["in_progress"])
+        return error.errno in _SCARCE or (claiming and error.errno in _FULL)
 
     def _claim(self, name: str, directory: str, listing: _Listing, mine: _Mine) -> FemtoTask | None:
         """Make one pending task this object's; None if another was quicker, or it cannot be run."""
@@ -917,8 +921,8 @@ class _Consumer:
             if not place.owner.claim(source, path):
                 self._note_miss(path, listing)
                 return None
-            # Before anybody syncs our own directory: see _Place.sync, the old side first.
-            place.note(directory)
+            # Before anybody syncs our own directory: the old side first, see _Changes.
+            place.note_old(directory)
             self._misses = max(0, self._misses - 1)
             task = FemtoTask(id, None, attempt, path)
             task._bucket, task._clock = directory, place.clock
@@ -1000,7 +1004,7 @@ class _Consumer:
         return self._keep(task, mine)
 
     def _keep(self, task: FemtoTask, mine: _Mine) -> bool:
-        """Renew a lease that is half over, for the file is huge, or the machine slept."""
+        """True, or it raises. Renew a lease half over: the file is huge, or the machine slept."""
         if self._place.clock.now() > task._deadline_us - self._place.lease_us // 2:
             source = mine.pop(task.path, "")
             if not _renew(self._place, task, task.path):
@@ -1022,7 +1026,7 @@ class _Consumer:
 def _wait_for_task(
     queues: Collection[_Parts], end_us: float, is_over: Callable[[], bool], waiting: _Waiting
 ) -> tuple[_Parts, FemtoTask] | None:
-    """The first queue's that has a task, and that; None when time, or all, is over."""
+    """Parts of the first queue that has a task, and the task; None when time, or all, is over."""
     watched = False
     while True:
         last = is_over() or _since_boot_us() >= end_us
@@ -1067,6 +1071,7 @@ class _Listing:
         self._buckets = sorted((entry.path for entry in entries if _is_bucket(entry)), reverse=True)
         self._hand: list[tuple[str, str, str]] = []  # place and more, name, directory
         self._far = "~" if horizon_us is None else "%016d" % (horizon_us + _AHEAD_US)
+        # Buckets and tasks with a time from the future, for _Keeper.settle.
         self.ahead = [bucket for bucket in self._buckets if os.path.basename(bucket) > self._far]
         self._take_up([entry.name for entry in entries if entry.is_file(follow_symlinks=False)], top)
 
@@ -1108,7 +1113,7 @@ class _Listing:
 
 
 class _Claims:
-    """What becomes of a claimed task? Verdicts, and the lease. All state is the task's own marks."""
+    """What becomes of a claimed task? Verdicts, and the lease. Its only memory is the task."""
 
     def __init__(self, place: _Place, looking: _Looking, buckets: tuple[_Buckets, _Buckets]) -> None:
         self._place = place
@@ -1135,7 +1140,7 @@ class _Claims:
             name = _format(task.id, task.attempt, time_us)
         else:
             state, buckets = "pending", self._pending
-            time_us, name = _old_place(task.id, task.attempt, self._place.clock)
+            time_us, name = _place_for(task.id, task.attempt, self._place.clock)
         self._leave(task, state, lambda path: buckets.put(path, time_us, name) is not None)
         self._place.returns += state == "pending"
 
@@ -1150,9 +1155,8 @@ class _Claims:
         if task._verdict != verdict:
             if task._verdict:
                 raise NotInProgress(f"{task.id} was finished already")
-            # The old side first: on btrfs, a file whose new name alone is certain comes back under the
-            # old one as well. That is where it was claimed from, too: nobody synced the claim.
-            self._place.note(task._bucket or os.path.dirname(task.path))
+            # The old side first, see _Changes: where it was claimed from, too, as no claim is synced.
+            self._place.note_old(task._bucket or os.path.dirname(task.path))
             self._move(task, move, verdict)
             task._verdict = verdict
         self._place.sync()
@@ -1165,7 +1169,7 @@ class _Claims:
         if task._finished:
             raise NotInProgress(f"{task.id} was finished already")
         if not task.path.startswith(self._place.path["in_progress"] + "/"):
-            # The directory is mounted elsewhere there, or the task is not ours.
+            # Pickled where data_dir has another path; or the task is another queue's.
             if path := self._locate(task):
                 task.path = path
             elif os.path.lexists(task.path):
@@ -1243,13 +1247,14 @@ class _Keeper:
         self._pending, self._scheduled = buckets
         self._next_look_us = 0
         self._next_sweep_us = 0
-        self._departures = 0
+        self._departures_seen = 0
         self._free = free
         self._warned: set[str] = set()
 
     def is_time(self, now_us: int) -> bool:
         """Is it time to look at all owners, or is something due, even if there is other work?"""
-        return now_us >= self._next_look_us or self._departures != _departures.get(self._place.root, 0)
+        departures = _departures.get(self._place.root, 0)
+        return now_us >= self._next_look_us or self._departures_seen != departures
 
     def hurry(self) -> None:
         """Look at all owners at once."""
@@ -1267,7 +1272,7 @@ class _Keeper:
         place, now_us, found = self._place, self._place.clock.now(), False
         try:
             if self.is_time(now_us):
-                self._departures = _departures.get(place.root, 0)
+                self._departures_seen = _departures.get(place.root, 0)
                 self._next_look_us = now_us + _LOOK_US
                 if now_us >= self._next_sweep_us:
                     self._next_sweep_us = now_us + _SWEEP_US
@@ -1288,11 +1293,11 @@ class _Keeper:
                 yield task[2], task[0], task[1], path
 
     def _move(self, tasks: list[_Return], is_new: bool, whole: bool = False) -> bool:
-        """Make tasks pending, at new places or old ones, the first by their order; tell if any was,
-        or others may be."""
+        """Make the first _BATCH tasks, or the `whole` list, pending, at new places or old ones; tell if
+        any was, or others may be."""
         place, moved, more = self._place, 0, len(tasks) > _BATCH and not whole
         for _, id, used, path in sorted(tasks)[: None if whole else _BATCH]:
-            place_us, name = _old_place(id, used, place.clock, is_new)
+            place_us, name = _place_for(id, used, place.clock, is_new)
             try:
                 moved += _twice(self._pending.put, path, place_us, name) is not None
             except OSError as error:
@@ -1317,15 +1322,15 @@ class _Keeper:
             owner = _parse_owner(entry.name)
             if owner is None or not entry.is_dir(follow_symlinks=False):
                 continue
-            is_elsewhere = owner[3] != place.owner.process[2]
+            other_place = owner[3] != place.owner.process[2]
             has_company |= owner[1:4] != place.owner.process
-            has_hosts |= is_elsewhere
+            has_hosts |= other_place
             names = place.names(entry.path)
             alive = _is_alive(owner)
             for deadline_us, id, used, path in self._tasks(entry.path, names):
                 if deadline_us < now_us or alive is False or path in self._free:
                     found.append((_time_of(id), id, used, path))
-                elif owner[0] == place.owner.node_id and is_elsewhere:
+                elif owner[0] == place.owner.node_id and other_place:
                     self._warn(
                         entry.name,
                         f"node_id {owner[0]!r} is in use at two places, {entry.name} and "
@@ -1398,7 +1403,7 @@ class _Keeper:
         place = self._place
         for state, path in self._looking.find(id, (*_FINISHED, "scheduled")):
             used = (_parse(os.path.basename(path)) or (id, 0))[1] if state == "scheduled" else 0
-            place_us, name = _old_place(id, used, place.clock, state == "scheduled")
+            place_us, name = _place_for(id, used, place.clock, state == "scheduled")
             if self._pending.publish(path, place_us, name):
                 place.returns += 1
                 if state == "failed":
@@ -1413,7 +1418,7 @@ class _Keeper:
         names = [entry.name for entry in place.entries(place.owner.directory)]
         tasks = self._tasks(place.owner.directory, names)
         before = place.passed_over
-        # By the ids.
+        # In the order of their ids.
         self._move([(0, *task[1:]) for task in tasks], is_new=False, whole=True)
         place.sync()
         if place.passed_over != before:
@@ -1446,7 +1451,7 @@ class _Keeper:
                 owner, info = _parse_owner(name), _lstat(entry.path)
                 if owner and info and stat.S_ISREG(info.st_mode) is (state == "creating"):
                     alive = _is_alive(owner)
-                    # Over NFSv3, the first time of a new file is none.
+                    # Over NFSv3, the first mtime of a new file is no time.
                     age_s = time.time() - max(info.st_mtime, info.st_ctime)
                     if alive is False or (alive is None and age_s > _ORPHAN_S):
                         _try(remove, entry.path)
@@ -1641,7 +1646,7 @@ class _Worker:
 
 
 class _Looking:
-    """What is where? One walk for counting, listing, finding and deleting. It writes nothing."""
+    """What is where? One walk for counting, listing, finding and deleting. It changes nothing else."""
 
     def __init__(self, place: _Place) -> None:
         self._place = place
@@ -1719,7 +1724,7 @@ class _Looking:
 
     def find(self, id: str, states: Collection[str]) -> Iterator[tuple[str, str]]:
         """State and path of a task, perhaps more than once: it may move while we search."""
-        if not self._is_id(id):
+        if not self._is_harmless(id):
             return
         yield from self._find_quickly(id, states)
         with _Waiting() as waiting:
@@ -1733,8 +1738,8 @@ class _Looking:
                 if not any(name.startswith(id) or not _parse(name) for name in waiting.changes()):
                     return
 
-    def _is_id(self, id: str) -> bool:
-        """May this become a path? It comes from outside; a task's name by our grammar harms nobody."""
+    def _is_harmless(self, id: str) -> bool:
+        """May this become part of a path? It comes from outside: an id by our grammar is harmless."""
         _check("id", id, "str")
         return not _FORBIDDEN & set(id) and _is_id(id)
 
@@ -1776,7 +1781,7 @@ class _Looking:
 
     def reason(self, id: str) -> str | None:
         """Why a task failed."""
-        found = list(self._find_quickly(id, ("failed",))) if self._is_id(id) else ()
+        found = list(self._find_quickly(id, ("failed",))) if self._is_harmless(id) else ()
         return _read_text(found[0][1] + _REASON) if found else None
 
     def has_hosts(self) -> bool:
@@ -1995,10 +2000,11 @@ class _Place:
         self._told: set[str] = set()
         self._gift: tuple[int, int] | None = None  # owner and group of the directory, once root asked
         changes = _Changes(self.durable)
-        self.note, self.sync, self.forget_changes = changes.note, changes.sync, changes.forget
+        self.note, self.note_old = changes.note, changes.note_old
+        self.sync, self.forget_changes = changes.sync, changes.forget
         self.waiting: set[_Waiting] = set()
         self.runs: list[tuple[int, Any]] = []  # a thread, and the lock that it holds while it runs
-        self.is_stopped = False  # and so are those that begin later
+        self.is_stopped = False  # then what begins later ends at once
 
     # Opening, and what heals.
 
@@ -2046,7 +2052,8 @@ class _Place:
         )
         try:
             for path in (self.root, *self.path.values()):
-                self.note(*map(os.path.dirname, _make_directories(path)))
+                for made in _make_directories(path):
+                    self.note(os.path.dirname(made))
                 _try(self._share, path)
             above = os.path.dirname(self.root)
             while self.durable and above != os.path.dirname(above):
@@ -2097,7 +2104,7 @@ class _Place:
                 pass  # it is root's, then
 
     def create(self, path: str) -> int:
-        """Open a new file in creating/; return its descriptor."""
+        """Create a file, in creating/ or a reason; return its descriptor."""
         try:
             descriptor = os.open(path, _WRITE_FLAGS, 0o666)
         except FileNotFoundError:  # somebody removed the directory
@@ -2128,14 +2135,14 @@ class _Place:
     # Changes of state, and how they become durable.
 
     def move(self, source: str, target: str) -> bool:
-        """Rename a task's file within in_progress/, done/, failed/, corrupt/; False if it is gone."""
+        """Rename a task's file into done/, failed/ or corrupt/; False if it is gone."""
         if not _rename(source, target):
             if os.path.isdir(os.path.dirname(target)):
                 return False
             self.make(os.path.dirname(target))  # somebody had removed it
             if not _rename(source, target):
                 return False
-        self.note(os.path.dirname(source), os.path.dirname(target))
+        self.note(os.path.dirname(target), os.path.dirname(source))
         return True
 
     def finish(self, path: str, state: str, id: str, reason: str | None = None) -> bool:
@@ -2250,17 +2257,21 @@ class _Changes:
         self._lock = _thread.RLock()  # reentrant: a signal handler may push in the midst of a push
         self._sync_lock = _thread.RLock()
 
-    def note(self, *directories: str) -> None:
-        """Have them synced by the next `sync`: after the rename, for another thread's may come at once.
-
-        The last one is the new side: what is noted with it goes before it. One alone is an old side.
-        """
-        if self._durable and directories:
+    def note(self, new: str, *old: str) -> None:
+        """Have them synced by the next `sync`: after the rename, another may sync at once."""
+        if self._durable:
             with self._lock:
-                if len(directories) == 1 or directories[-1] in self._touched:
-                    self._touched = {**dict.fromkeys(directories[:-1] or directories), **self._touched}
+                first = {directory: None for directory in old if directory not in self._touched}
+                if new in self._touched:
+                    self._touched = {**first, **self._touched}
                 else:
-                    self._touched.update(dict.fromkeys(directories))
+                    self._touched.update({**first, new: None})
+
+    def note_old(self, directory: str) -> None:
+        """Have an old side synced before all that is noted by now."""
+        if self._durable:
+            with self._lock:
+                self._touched = {directory: None, **self._touched}
 
     def sync(self, *directories: str) -> None:
         """Make what was renamed in these, and those noted, survive a power cut.
@@ -2270,13 +2281,14 @@ class _Changes:
         """
         if not self._durable:
             return
-        self.note(*directories)
+        for directory in directories:
+            self.note(directory)
         with self._sync_lock:
             while directory := self._take():
                 try:
                     _sync_directory(directory)
                 except BaseException:
-                    self.note(directory)
+                    self.note_old(directory)
                     raise
 
     def _take(self) -> str:
@@ -2298,7 +2310,7 @@ class _Clock:
     """What time is it in the queue? Microseconds that never go backwards, shared by all of one boot.
 
     The clock since boot, asleep or not, plus an offset that the first process of a boot chooses, above
-    all that is queued. Where the boot cannot be told, it is the wall clock, shared by nothing.
+    all that is queued. Where the boot cannot be told, it is the wall clock, shared by nobody.
     """
 
     def __init__(self, place: _Place) -> None:
@@ -2463,7 +2475,7 @@ class _Owner:
 
 _copy = os.urandom(4).hex()  # tells this copy of the file from others in one process
 _living: set[str] = set()  # the owners of this copy that are neither closed nor dropped
-# How many of a directory's that had claims are: their tasks come back at the next pop.
+# By data_dir: how many owners that made a directory were closed or dropped. If it rises, `pop` looks.
 _departures: dict[str, int] = {}
 _me: _Identity | None = None
 
@@ -2621,7 +2633,7 @@ def _order(name: str) -> str:
     return name.rpartition("~")[2] + name[16:] if name.count("~") > 1 else name
 
 
-def _old_place(id: str, used: int, clock: _Clock, is_new: bool = False) -> tuple[int, str]:
+def _place_for(id: str, used: int, clock: _Clock, is_new: bool = False) -> tuple[int, str]:
     """Place and name of a task that becomes pending: that of its id, or a new one behind all others.
 
     A place in the future of the queue clock would let all that is pushed from now on pass by.
@@ -2741,7 +2753,7 @@ def _open_regular(path: str, flags: int) -> int:
     return descriptor
 
 
-# --- the filesystem: the only place that renames, deletes, lists and syncs ----------------------------
+# --- the filesystem: all renames are here, and what deletes, lists and syncs --------------------------
 
 
 def _rename(source: str, target: str) -> bool:
@@ -2861,7 +2873,7 @@ def _sync_directory(directory: str) -> None:
         os.close(descriptor)
 
 
-def _sync_files(descriptors: list[int]) -> None:
+def _sync_and_close(descriptors: list[int]) -> None:
     """Sync and close files; begin to write all of them before waiting for the first."""
     if sys.platform == "linux":
         for descriptor in descriptors:
@@ -2896,7 +2908,7 @@ def _log(message: str, *arguments: object, error: BaseException | None = None) -
 def _check(
     name: str, value: object, wanted: str, least: float | None = None, most: float = float("inf")
 ) -> None:
-    """Raise TypeError if `value` is not what is `wanted`, ValueError if it is out of range."""
+    """Raise TypeError if `value` is not of the kind that `wanted` names, ValueError if out of range."""
     kinds: tuple[type, ...] = (int,)  # flags may be 0 and 1
     if "str" in wanted:
         kinds = (str,)
@@ -3018,6 +3030,8 @@ def _parser() -> argparse.ArgumentParser:
     add = command(_command_run, "run a command for each task, with the payload as its standard input")
     add("--until-empty", action="store_true", help="stop when nothing is pending or due")
     add("--max-attempts", type=int, metavar="N", help="then the task fails (default: no limit)")
+    add("--lease", default="30s", help="after which another machine takes a task over (default: 30s)")
+    add("--node-id", help="a stable name of this machine or container (default: one for each boot)")
     add("cmd", metavar="-- CMD", help="exit status 0 is done, 100 failed for good, others are retried")
     add("arguments", nargs=argparse.REMAINDER, help="of the command")
     add = command(_command_requeue, "make failed, corrupt, done or scheduled tasks pending now")
@@ -3044,7 +3058,8 @@ def _open(options: argparse.Namespace, make: bool = False, **more: Any) -> Femto
         raise FemtoQueueError(f"there is no queue at {options.dir}; push makes one")
     # Hosts and containers are often named alike, and each must have a node_id of its own.
     place = _host_name() + _identity().place
-    return FemtoQueue(options.dir, f"cli-{zlib.crc32(place.encode()):08x}", **more)
+    node_id = getattr(options, "node_id", None) or f"cli-{zlib.crc32(place.encode()):08x}"
+    return FemtoQueue(options.dir, node_id, **more)
 
 
 def _input() -> BinaryIO:
@@ -3148,8 +3163,9 @@ def _command_run(options: argparse.Namespace) -> int:
     import logging
     import shutil
 
-    if shutil.which(options.cmd) is None:
-        # Not worth an attempt of each task.
+    if shutil.which(options.cmd) is None:  # not worth an attempt of each task
+        if os.path.exists(options.cmd):
+            raise ValueError(f"{options.cmd!r} is not executable; chmod +x it")
         raise ValueError(f"there is no command {options.cmd!r}; for a pipeline: sh -c '...'")
     _reset_signals()
 
@@ -3170,7 +3186,8 @@ def _command_run(options: argparse.Namespace) -> int:
 
     if not os.path.isdir(options.dir):
         _complain(f"{options.dir}: a new queue")  # or a mistyped one would go unnoticed
-    with _open(options, make=True, max_attempts=options.max_attempts) as queue:
+    more = {"max_attempts": options.max_attempts, "timeout_stale_ms": _seconds(options.lease) * 1_000}
+    with _open(options, make=True, **more) as queue:
         count = queue.run(handle, until_empty=options.until_empty)
     return 0 if count or not options.until_empty else 1
 
