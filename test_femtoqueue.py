@@ -8191,7 +8191,7 @@ PROGRAMS = {
 }
 # Runs on a host, and forks for each numbered file that appears in its box: a name and what it runs.
 AGENT = r"""
-import os, pickle, sys, time
+import os, sys, time, traceback
 sys.path.insert(0, sys.argv[1])
 import femtoqueue
 from femtoqueue import *
@@ -8248,6 +8248,7 @@ while not os.path.exists(f"{box}/quit"):
             try:
                 exec(code)
             except BaseException as error:
+                traceback.print_exc()
                 say("error", repr(error))
             say("end")
             os._exit(0)
@@ -8341,7 +8342,7 @@ class Machines:
         options += ",actimeo=600" if names else ""
         if version == "3":
             what += "run/disk/export"
-            options += ",nolock,timeo=50,mountproto=tcp,mountport=20048,port=2049"  # again after 5 s
+            options += ",nolock,mountproto=tcp,mountport=20048,port=2049"
         once = 'mountpoint -q "$1" || { mkdir -p "$1"; mount -t nfs -o "$2" "$3" "$1"; }'
         each = f'set -- "{path}$name" {options} {what}; {once}'
         self.fault(
@@ -8549,6 +8550,11 @@ class TestMachines:
             find = f"cd /run/disk/export; find {cluster.name}* -type f"
             return set(cluster.fault("in", "s1", "sh", "-c", find).split())
 
+        def back(host: str) -> None:
+            cluster.fault("thaw", host)
+            # The new server has a new hardware address, which would else be noticed after a minute.
+            cluster.fault("in", host, "ip", "neigh", "flush", "all")
+
         h1, h2 = cluster["h1"], cluster["h2"]
         calls = [(version, call) for version in ("4.2", "3") for call in IN_FLIGHT]
         mounts = {version: cluster.mount("h1", version, *IN_FLIGHT) for version in ("4.2", "3")}
@@ -8569,12 +8575,12 @@ class TestMachines:
         cluster.fault("kill", "s1")
         cluster.frozen.clear()  # not yet
         cluster.repair()
-        cluster.fault("thaw", "h2")
+        back("h2")
         taken = [f"{call}-{version}" for version, call in calls if "taken" in call]
         for call in taken:
             h2.run(f"for-{call}", f"work({path!r} + '-{call}', 0)")
         cluster.wait(lambda: len(h2.heard("done")) == len(taken), "some to be taken")
-        cluster.fault("thaw", "h1")
+        back("h1")
         cluster.wait(lambda: len(h1.heard("end")) == len(calls), "answers")
         assert cluster.all("error") == []
         tasks = [path.split("/") for path in on_disk() if "_" in path.rpartition("/")[2]]
