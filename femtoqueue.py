@@ -303,8 +303,9 @@ class FemtoQueue:
         `queue.Full` like `push`.
         """
         producer = self._here().producer
-        if hasattr(path, "read"):
-            return producer.add(iter(lambda: _as_bytes(path.read(_CHUNK)), b""))
+        read: Callable[[int], bytes] | None = getattr(path, "read", None)
+        if read:
+            return producer.add(iter(lambda: _as_bytes(read(_CHUNK)), b""))
         return producer.add_file(_as_path("path", path), move)
 
     def schedule(self, data: bytes | bytearray | memoryview, time_us: int | datetime.datetime) -> str:
@@ -757,7 +758,7 @@ class _Buckets:
             # It was empty, and removed. We do not make it again: where two hosts remove and make one
             # directory at a time, GlusterFS ends in a split brain.
             bucket.left = 0
-        raise _not_found(bucket.path)
+        raise _not_found(self._top)
 
     def _bucket_for(self, time_us: int) -> _Bucket:
         width_us = self.width(time_us)
@@ -1852,7 +1853,8 @@ class _Waiting:
         self._lock = _thread.RLock()  # a signal handler may wake what it interrupts
         self._rung = False
         self._inotify = self._bell = -1
-        self._libc: Any = None  # once it was tried
+        self._is_tried = False
+        self._libc: Any = None
         self._poll: Any = None
         self._times: dict[str, float] = {}
 
@@ -1867,7 +1869,7 @@ class _Waiting:
         self.close()
 
     def _open(self) -> None:
-        self._libc = False
+        self._is_tried = True
         if sys.platform == "linux":
             try:
                 import ctypes
@@ -1886,14 +1888,15 @@ class _Waiting:
 
     def watch(self, directories: Iterable[str], departures: bool = False) -> None:
         """Begin, or go on, to watch these for what comes, and for what goes if `departures`."""
-        if self._libc is None:
+        if not self._is_tried:
             self._open()
         # ONLYDIR, CREATE, MOVED_TO, and DELETE, MOVED_FROM or else ONESHOT: a worker that is busy
         # again must cost those nothing who push.
         mask = 0x1000180 | (0x240 if departures else 0x80000000)
         paths = list(directories)
         for path in paths if self._inotify >= 0 else ():
-            added = self._libc.inotify_add_watch(self._inotify, os.fsencode(path), mask)
+            add: Any = self._libc.inotify_add_watch
+            added = add(self._inotify, os.fsencode(path), mask)
             if added < 0 and os.path.isdir(path):
                 self.close()  # no more watches are to be had
                 break
@@ -2949,8 +2952,8 @@ def _as_bytes(data: object) -> bytes:
         raise TypeError(f"data: expected a bytes-like object, got {type(data).__name__}") from None
 
 
-def _as_path(name: str, path: object) -> str:
-    text = os.fspath(path) if hasattr(path, "__fspath__") else path
+def _as_path(name: str, path: Any) -> str:
+    text: object = os.fspath(path) if hasattr(path, "__fspath__") else path
     if not isinstance(text, str):
         raise TypeError(f"{name}: expected str or os.PathLike[str], got {type(text).__name__}")
     return text
