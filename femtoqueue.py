@@ -522,7 +522,7 @@ class _Producer:
 
     def add(self, chunks: Iterable[bytes], due_us: int | None = None) -> str:
         """Write a task and publish it: as pending, or as scheduled if it has a due time."""
-        if due_us is not None:
+        if due_us is not None or not self._place.maxsize:
             return self._add(chunks, due_us)
         with self._room:
             return self._add(chunks, None)
@@ -741,9 +741,10 @@ class _Buckets:
             target = f"{bucket.path}/{name}"
             try:
                 if _rename(source, target):
-                    old = os.path.dirname(source)
-                    is_draft = old == self._place.path["creating"]  # which is no task if it comes back
-                    self._place.note(bucket.path, *(() if is_draft else (old,)))
+                    if self._place.durable:
+                        old = os.path.dirname(source)
+                        is_draft = old == self._place.path["creating"]  # no task, if it comes back
+                        self._place.note(bucket.path, *(() if is_draft else (old,)))
                     return bucket.path
             except BaseException as error:
                 _try(_rename, target, source)  # a signal handler may raise after the rename
@@ -1157,7 +1158,8 @@ class _Claims:
             if task._verdict:
                 raise NotInProgress(f"{task.id} was finished already")
             # The old side first, see _Changes: where it was claimed from, too, as no claim is synced.
-            self._place.note_old(task._bucket or os.path.dirname(task.path))
+            if self._place.durable:
+                self._place.note_old(task._bucket or os.path.dirname(task.path))
             self._move(task, move, verdict)
             task._verdict = verdict
         self._place.sync()
@@ -2145,7 +2147,8 @@ class _Place:
             self.make(os.path.dirname(target))  # somebody had removed it
             if not _rename(source, target):
                 return False
-        self.note(os.path.dirname(target), os.path.dirname(source))
+        if self.durable:
+            self.note(os.path.dirname(target), os.path.dirname(source))
         return True
 
     def finish(self, path: str, state: str, id: str, reason: str | None = None) -> bool:
