@@ -302,11 +302,7 @@ class FemtoQueue:
         it is where it was, or it is a task. Raises ValueError if `path` is not a regular file, and
         `queue.Full` like `push`.
         """
-        producer = self._here().producer
-        read: Callable[[int], bytes] | None = getattr(path, "read", None)
-        if read:
-            return producer.add(iter(lambda: _as_bytes(read(_CHUNK)), b""))
-        return producer.add_file(_as_path("path", path), move)
+        return self._here().producer.add_file(path, move)
 
     def schedule(self, data: bytes | bytearray | memoryview, time_us: int | datetime.datetime) -> str:
         """Add a task that becomes pending at a wall-clock time, behind all that is pending then.
@@ -601,8 +597,12 @@ class _Producer:
             self._room.arrived(taken)
         return [id for _, _, id in drafts]
 
-    def add_file(self, source: str, move: bool) -> str:
-        """Push a file that a caller named: its content, or itself."""
+    def add_file(self, file: object, move: bool) -> str:
+        """Push a file that a caller named: its content, or itself; or what an open one has to say."""
+        read: Callable[[int], bytes] | None = getattr(file, "read", None)
+        if read:
+            return self.add(iter(lambda: _as_bytes(read(_CHUNK)), b""))
+        source = _as_path("path", file)
         try:
             if move:
                 with self._room:
@@ -2204,6 +2204,7 @@ class _Place:
         return ()
 
     def files(self, directory: str) -> set[str]:
+        """The names of the regular files in it. A set: some filesystems list a name twice."""
         return {entry.name for entry in self.entries(directory) if entry.is_file(follow_symlinks=False)}
 
     def set_aside(self, path: str, error: OSError) -> None:
@@ -2223,12 +2224,14 @@ class _Place:
         return found
 
     def forget_troubles(self) -> None:
+        """Try all of it again, and log it again: a minute is over."""
         self.troubles.clear()
         self._told.clear()
 
     # Those who wait, and those who run.
 
     def inherit(self, last: _Place) -> None:
+        """What was stopped before a fork is stopped in the child."""
         self.is_stopped = last.is_stopped
 
     def wake(self) -> None:
@@ -2305,6 +2308,7 @@ class _Changes:
         return ""
 
     def forget(self) -> None:
+        """Give up what is noted."""
         with self._lock:
             self._touched = {}
 
@@ -2460,6 +2464,7 @@ class _Owner:
         self._claims = 0
 
     def inherit(self, last: _Owner) -> None:
+        """What was closed before a fork is closed in the child."""
         self._is_closed = last._is_closed
 
     def check_open(self) -> None:
