@@ -141,8 +141,7 @@ class FemtoTask:
     _verdict = ""  # the state that the claim was moved to
     _finished = False  # and that is on disk, if it was asked for
     _was_taken = False
-    _since_us = 0  # when it was claimed, and when its lease ends, by the queue clock
-    _deadline_us = _MAX_US
+    _deadline_us = _MAX_US  # when its lease ends, by the queue clock
     _clock: _Clock | None = None
 
     def __init__(self, id: str, data: bytes | None, attempt: int = 1, path: str = "") -> None:
@@ -242,18 +241,17 @@ class FemtoQueue:
 
     def _here(self) -> _Parts:
         """This process's parts, unless closed. A forked child has its own: it claims as itself."""
-        parts = self._own_parts()
-        parts.owner.check_open()
+        parts = self._parts.get(os.getpid()) or self._new_parts()
+        if parts.owner.is_closed:
+            parts.owner.check_open()
         return parts
 
-    def _own_parts(self) -> _Parts:
+    def _new_parts(self) -> _Parts:
         pid = os.getpid()
-        parts = self._parts.get(pid)
-        if parts is None:
-            last = next(iter(self._parts.values()), None)  # its parent's
-            parts = self._parts.setdefault(pid, _Parts(self, last))  # the same for all threads
-            for other in set(self._parts) - {pid}:
-                self._parts.pop(other, None)
+        last = next(iter(self._parts.values()), None)  # its parent's
+        parts = self._parts.setdefault(pid, _Parts(self, last))  # the same for all threads
+        for other in set(self._parts) - {pid}:
+            self._parts.pop(other, None)
         return parts
 
     def __del__(self) -> None:
@@ -472,7 +470,7 @@ class FemtoQueue:
         Ends this object's `run` first, and waits for it; called by its handler, it raises
         FemtoQueueError (use `stop`).
         """
-        parts = self._own_parts()
+        parts = self._parts.get(os.getpid()) or self._new_parts()
         parts.place.stop_and_wait()
         parts.owner.close()
         parts.keeper.give_back_own()  # or somebody else will, should this raise
@@ -518,22 +516,26 @@ class _Producer:
 
     def add(self, chunks: Iterable[bytes], due_us: int | None = None) -> str:
         """Write a task and publish it: as pending, or as scheduled if it has a due time."""
-        if due_us is not None or not self._place.maxsize:
-            return self._add(chunks, due_us)
-        with self._room:
-            return self._add(chunks, None)
+        if due_us is None and self._place.maxsize:
+            with self._room:
+                return self._add(chunks, None)
+        return self._add(chunks, due_us)
 
     def _add(self, chunks: Iterable[bytes], due_us: int | None) -> str:
         place = self._place
-        time_us = max(place.clock.stamp(), due_us or 0)  # the id of a scheduled task has its due time
+        time_us = place.clock.stamp()
+        if due_us is not None:
+            time_us = max(time_us, due_us)  # the id of a scheduled task has its due time
         stem = self._new_stem(time_us)
         draft = place.owner.draft + stem
         try:
             id = "%s.%08x" % (stem, place.write(draft, chunks))
             if due_us is None:
-                self._publish(self._pending, draft, time_us, id)
+                moved = self._pending.publish(draft, time_us, id)
             else:
-                self._publish(self._scheduled, draft, due_us, _format(id, 0, due_us))
+                moved = self._scheduled.publish(draft, due_us, _format(id, 0, due_us))
+            if not moved:
+                self._check_published(draft, id)
         except BaseException:
             _try(_unlink, draft)
             raise
@@ -543,18 +545,12 @@ class _Producer:
         """An id but for its checksum."""
         return "%016d_%s_%018x" % (time_us, self._place.owner.node_id, next(self._nonce))
 
-    def _publish(self, buckets: _Buckets, draft: str, time_us: int, name: str) -> None:
-        """Make a whole file a task, for good; if that fails, it is none."""
-        if not buckets.publish(draft, time_us, name):
-            self._check_published(draft, name)
-
-    def _check_published(self, draft: str, name: str) -> None:
+    def _check_published(self, draft: str, id: str) -> None:
         """A draft that is gone was published: it can go nowhere else, but for somebody who deletes it.
 
         The answer to the rename was lost on a network, and another machine has the task, or has even
         finished it. Where no other machine takes part, a task that is nowhere was deleted.
         """
-        id = name.partition("~")[0]
         if next(self._looking.find(id, STATES), None) is None and not self._looking.has_hosts():
             raise _not_found(draft)
 
@@ -631,13 +627,15 @@ class _Producer:
             crc = _crc(_chunks(descriptor))
             if self._place.durable:
                 os.fsync(descriptor)
-            self._place.hand_over(descriptor)
+            if _user() == 0:
+                self._place.hand_over(descriptor)
         finally:
             _try(os.close, descriptor)
         time_us = self._place.clock.stamp()
         id = f"{self._new_stem(time_us)}.{crc:08x}"
         try:
-            self._publish(self._pending, os.path.abspath(source), time_us, id)
+            if not self._pending.publish(os.path.abspath(source), time_us, id):
+                self._check_published(source, id)
         except OSError as error:
             if error.errno != errno.EXDEV:
                 raise
@@ -678,7 +676,7 @@ class _Room:
         if not self._place.maxsize:
             return
         with self._lock:
-            claimed = self._place.claimed - self._place.returns
+            claimed = self._place.owner.claims - self._place.returns
             self._free += claimed - self._claimed
             self._claimed = claimed
             if self._free <= 0:
@@ -725,14 +723,13 @@ class _Buckets:
     def publish(self, source: str, time_us: int, name: str) -> bool:
         """Put a file there for good; if that fails, it is where it was, unless a worker has it."""
         bucket = self.put(source, time_us, name)
-        if bucket is None:
-            return False
-        try:
-            self._place.sync()
-        except BaseException:
-            _try(_rename, f"{bucket}/{name}", source)
-            raise
-        return True
+        if self._place.durable:
+            try:
+                self._place.sync()
+            except BaseException:
+                _try(_rename, f"{bucket}/{name}", source)
+                raise
+        return bucket is not None
 
     def put(self, source: str, time_us: int, name: str) -> str | None:
         """Rename a file into a bucket, and return that; None if the file is gone, and not there."""
@@ -823,14 +820,11 @@ class _Consumer:
     def look(self) -> FemtoTask | None:
         """Claim the oldest task, or None. What was set aside is tried again at last, or raised."""
         place, listing = self._place, self._listing
+        now_us = place.clock.stamp()
         mine: _Mine = {}
         try:
-            if (
-                listing
-                and listing.returns == place.returns
-                and not self._keeper.is_time(place.clock.now())
-            ):
-                task = self._first_of(listing, {}, mine)
+            if listing and listing.returns == place.returns and not self._keeper.is_time(now_us):
+                task = self._first_of(listing, now_us, {}, mine)
                 if task is not None:
                     return task  # the usual case
             for again in (False, True):
@@ -851,7 +845,6 @@ class _Consumer:
         place = self._place
         place.owner.check_open()
         self._put_back({})
-        place.clock.stamp()  # the first one chooses the clock, by which leases are judged
         if self._listing and self._listing.ahead:
             self._keeper.settle(self._listing.ahead)
         tried: dict[str, int] = {}
@@ -861,8 +854,9 @@ class _Consumer:
         while True:
             self._listing = None  # should the next one fail, this one is not gone on with
             before = sum(tried.values())
-            listing = _Listing(place, place.names, place.clock.stamp(), known)
-            if task := self._first_of(listing, tried, mine):
+            now_us = place.clock.stamp()
+            listing = _Listing(place, place.names, now_us, known)
+            if task := self._first_of(listing, now_us, tried, mine):
                 self._listing = listing  # only now: other threads must not empty it before
                 return task
             self._pending.remove_empty(listing.empty)
@@ -873,21 +867,22 @@ class _Consumer:
             elif not self._put_back(mine):
                 return None
 
-    def _first_of(self, listing: _Listing, tried: dict[str, int], mine: _Mine) -> FemtoTask | None:
+    def _first_of(
+        self, listing: _Listing, now_us: int, tried: dict[str, int], mine: _Mine
+    ) -> FemtoTask | None:
         """Claim the first task of a listing that can be had; None if there is none."""
         place = self._place
         while found := listing.next():
             name, directory = found
             # Network filesystems list what is gone. But what another worker could not read, and put
             # back, is worth a second try.
-            times = tried.get(name, 0)
-            if times > 1 or (place.troubles and place.passes_over(f"{directory}/{name}")):
+            if tried and tried.get(name, 0) > 1:
                 continue
-            tried[name] = times + 1
+            if place.troubles and place.passes_over(f"{directory}/{name}"):
+                continue
             for again in (False, True):  # a passing fault costs no turn
                 try:
-                    task = self._claim(name, directory, listing, mine)
-                    if task is not None:
+                    if task := self._claim(name, directory, listing, now_us, mine):
                         return task
                     break
                 except OSError as error:
@@ -895,6 +890,7 @@ class _Consumer:
                         raise
                     if again:
                         place.set_aside(f"{directory}/{name}", error)
+            tried[name] = tried.get(name, 0) + 1
         return None
 
     def _is_everywhere(self, error: OSError) -> bool:
@@ -903,33 +899,37 @@ class _Consumer:
         claiming = target.startswith(self._place.path["in_progress"])
         return error.errno in _SCARCE or (claiming and error.errno in _FULL)
 
-    def _claim(self, name: str, directory: str, listing: _Listing, mine: _Mine) -> FemtoTask | None:
-        """Make one pending task this object's; None if another was quicker, or it cannot be run."""
+    def _claim(
+        self, name: str, directory: str, listing: _Listing, now_us: int, mine: _Mine
+    ) -> FemtoTask | None:
+        """Make one pending task this object's; None if another was quicker, or it cannot be run.
+
+        `now_us` is a stamp, unlike any other: the name of a claim tells whose it is.
+        """
         place, source, parsed = self._place, f"{directory}/{name}", _parse(name)
         if parsed is None:
             return None
         id, used, _, _ = parsed
-        if place.max_attempts is not None and used >= place.max_attempts:
+        if used >= place.max_attempts:
             _log("%s has used up its %s attempts", id, place.max_attempts)
             place.finish(source, "failed", id, f"used up {used} attempts")
             place.sync()
             return None
-        attempt = min(used + 1, _MAX_ATTEMPT)
-        now_us = place.clock.stamp()  # unlike any other: the name of a claim tells whose it is
         deadline_us = now_us + place.lease_us
-        path = f"{place.owner.directory}/{_format(id, attempt, deadline_us)}"
+        path = f"{place.owner.directory}/{_format(id, used + 1, deadline_us)}"
         mine[path] = source
         try:
             if not place.owner.claim(source, path):
                 self._note_miss(path, listing)
                 return None
             # Before anybody syncs our own directory: the old side first, see _Changes.
-            place.note_old(directory)
-            self._misses = max(0, self._misses - 1)
-            task = FemtoTask(id, None, attempt, path)
-            task._bucket, task._clock = directory, place.clock
-            task._since_us, task._deadline_us = now_us, deadline_us
-            is_whole = self._read(task, mine)
+            if place.durable:
+                place.note_old(directory)
+            if self._misses:
+                self._misses -= 1
+            task = FemtoTask(id, None, used + 1, path)
+            task._bucket, task._clock, task._deadline_us = directory, place.clock, deadline_us
+            return task if self._read(task, mine) else None
         except BaseException as error:
             self._listing = None
             self._put_back(mine)
@@ -939,8 +939,6 @@ class _Consumer:
                 return None
             _add_path(error, path)
             raise
-        place.claimed += 1
-        return task if is_whole else None
 
     def _put_back(self, mine: _Mine) -> bool:
         """Put back what was claimed and is not returned; tell if anything was.
@@ -959,6 +957,7 @@ class _Consumer:
                         name = os.path.basename(source)
                         self._pending.put(path, _time_of(_order(name)), name)
                     done += path in there
+                    self._place.returns += path in there
                     self._undelivered.pop(path, None)
         except OSError:
             pass
@@ -968,8 +967,11 @@ class _Consumer:
         """Another worker was quicker: skip names if that may well happen again, for all try the same
         oldest one. The next listing finds what was skipped."""
         self._misses = min(self._misses + 1, 4)
-        if self._misses > 1 and self._place.has_company:  # one stale name is no contention yet
-            listing.skip(1 + zlib.crc32(path.encode()) % 4 ** (self._misses - 1))
+        if self._misses > 1:  # one stale name is no contention yet
+            if self._place.has_company:
+                listing.skip(1 + zlib.crc32(path.encode()) % 4 ** (self._misses - 1))
+            else:
+                self._keeper.hurry()  # is there somebody?
 
     def _has_finished_twin(self, descriptor: int, id: str) -> bool:
         """Does a claimed file lie in done/ or failed/ as well?
@@ -990,29 +992,33 @@ class _Consumer:
                 _unlink(task.path)
                 return False
             data = task._data = os.read(descriptor, _SMALL)
-            crc = zlib.crc32(data)
-            if not id.endswith(".%08x" % crc):  # there is more of it, or the name tells nothing
+            is_right = id.endswith(".%08x" % zlib.crc32(data))
+            if not is_right:  # there is more of it, or the name tells nothing
                 task._data = _read_more(descriptor, task.path, data)
                 chunks = _chunks(descriptor) if task._data is None else (task._data,)
-                crc = _crc(chunk for chunk in chunks if self._keep(task, mine))
+                crc = 0
+                for chunk in chunks:
+                    crc = zlib.crc32(chunk, crc)
+                    self._keep(task, mine)
+                # A name that a shell script made has no checksum, and is taken as it is.
+                is_right = id.endswith(".%08x" % crc) or not _is_own(id)
         finally:
             os.close(descriptor)
-        # A name that a shell script made has no checksum, and is taken as it is.
-        if not id.endswith(".%08x" % crc) and _is_own(id):
+        if not is_right:
             _log("%s does not match its checksum; it is in corrupt/", id)
             place.finish(task.path, "corrupt", id)
             place.sync()
             return False
-        return self._keep(task, mine)
+        self._keep(task, mine)
+        return True
 
-    def _keep(self, task: FemtoTask, mine: _Mine) -> bool:
-        """True, or it raises. Renew a lease half over: the file is huge, or the machine slept."""
+    def _keep(self, task: FemtoTask, mine: _Mine) -> None:
+        """Renew a lease half over: the file is huge, or the machine slept."""
         if self._place.clock.now() > task._deadline_us - self._place.lease_us // 2:
             source = mine.pop(task.path, "")
             if not _renew(self._place, task, task.path):
                 raise _not_found(task.path)  # it is another worker's by now
             mine[task.path] = source
-        return True
 
     def directories(self) -> Iterator[str]:
         """Where a change may bring a task: what to watch while waiting for one."""
@@ -1065,50 +1071,64 @@ class _Listing:
         self._read = read
         self._end = "~" if horizon_us is None else "%016d~" % horizon_us
         self._known = known
-        self._lock = _thread.RLock()  # any thread may ask for the next one
+        self._lock = _thread.RLock()  # held by who opens buckets
         top = place.path["pending"]
         self._cut = len(top) + 1
         entries = _twice(lambda: list(place.entries(top)))
         # Both in descending order, so that the next one is the last.
         self._buckets = sorted((entry.path for entry in entries if _is_bucket(entry)), reverse=True)
-        self._hand: list[tuple[str, str, str]] = []  # place and more, name, directory
+        self._hand: list[tuple[str, str]] = []  # name and directory
+        self._ready: list[tuple[str, str]] = []  # of these, and nothing older is in a bucket
         self._far = "~" if horizon_us is None else "%016d" % (horizon_us + _AHEAD_US)
         # Buckets and tasks with a time from the future, for _Keeper.settle.
         self.ahead = [bucket for bucket in self._buckets if os.path.basename(bucket) > self._far]
         self._take_up([entry.name for entry in entries if entry.is_file(follow_symlinks=False)], top)
 
     def next(self) -> tuple[str, str] | None:
-        """Name and directory of the next one; None behind the last."""
-        with self._lock:
-            while True:
-                try:
-                    while self._buckets:
-                        if self._hand and self._hand[-1][0] < self._buckets[-1][self._cut :]:
-                            break  # nothing in that bucket is older
-                        bucket = self._buckets.pop()
-                        names = self._read(bucket)
-                        if not names:
-                            self.empty.append(bucket)
-                        self._take_up(names, bucket)
-                    return self._hand.pop()[1:] if self._hand else None
-                except IndexError:
-                    pass  # a signal handler that pops came in between
+        """Name and directory of the next one; None behind the last. Any thread may ask."""
+        while True:
+            try:
+                return self._ready.pop()
+            except IndexError:
+                with self._lock:
+                    if not (self._ready or self._open_more()):
+                        return None
+
+    def _open_more(self) -> bool:
+        """Open buckets until the oldest names in hand are ready; False if nothing is left."""
+        while self._buckets and not (
+            self._hand and _order(self._hand[-1][0]) < self._buckets[-1][self._cut :]
+        ):
+            bucket = self._buckets.pop()
+            names = self._read(bucket)
+            if not names:
+                self.empty.append(bucket)
+            self._take_up(names, bucket)
+        end = self._buckets[-1][self._cut :] if self._buckets else "~"  # nothing in there is older
+        cut = 0 if self._hand and _order(self._hand[0][0]) < end else len(self._hand)
+        while cut and _order(self._hand[cut - 1][0]) < end:
+            cut -= 1
+        self._hand, ready = self._hand[:cut], self._hand[cut:]
+        self._ready = ready + self._ready  # a signal handler that pops may have come in between
+        return bool(ready)
 
     def _take_up(self, names: Iterable[str], directory: str) -> None:
         """Add the tasks of a directory to those in hand."""
-        tasks = [(_order(name), name, directory) for name in names if name[16:17] == "_"]
-        late = [name for order, name, _ in tasks if order > self._end and name not in self._known]
-        if late:
-            self.hidden.update(late)
-            self.ahead += [f"{directory}/{name}" for name in late if _order(name) > self._far]
-            tasks = [task for task in tasks if task[1] not in self.hidden]
-        self._hand = sorted(self._hand + tasks, reverse=True) if self._hand else sorted(tasks)[::-1]
+        tasks = [name for name in names if name[16:17] == "_"]
+        tasks.sort(key=_order, reverse=True)
+        late = list(itertools.takewhile(lambda name: _order(name) > self._end, tasks))
+        if hidden := {name for name in late if name not in self._known}:
+            self.hidden |= hidden
+            self.ahead += [f"{directory}/{name}" for name in hidden if _order(name) > self._far]
+            tasks = [name for name in tasks if name not in hidden]
+        self._hand, was = [(name, directory) for name in tasks], self._hand
+        if was:
+            self._hand = sorted(self._hand + was, key=lambda task: _order(task[0]), reverse=True)
 
     def skip(self, count: int) -> None:
         """Leave so many names to the next listing."""
-        with self._lock:
-            self.skipped |= bool(self._hand)
-            del self._hand[-count:]
+        self.skipped |= bool(self._ready)
+        del self._ready[-count:]
 
 
 # --- verdicts: what becomes of a claimed task? --------------------------------------------------------
@@ -1129,8 +1149,7 @@ class _Claims:
     def retry(self, task: FemtoTask, delay_us: int, reason: str | None = None) -> None:
         """Put a task back, or give it up if its attempts are used up."""
         self._check(task)  # before its attempt is looked at
-        most = self._place.max_attempts
-        if most is not None and task.attempt >= most:
+        if task.attempt >= self._place.max_attempts:
             self.finish(task, "failed", reason or f"used up {task.attempt} attempts")
         else:
             self.put_back(task, delay_us)
@@ -1223,8 +1242,10 @@ class _Claims:
 
 def _renew(place: _Place, task: FemtoTask, path: str) -> bool:
     """Give a claim a new full lease; False if it is not there any more."""
-    now_us = place.clock.stamp()
-    deadline_us, since_us = now_us + place.lease_us, task._since_us or now_us
+    now_us, claim = place.clock.stamp(), _parse(os.path.basename(path))
+    deadline_us, since_us = now_us + place.lease_us, now_us
+    if claim:
+        since_us = claim[3] or claim[2] - place.lease_us
     target = f"{os.path.dirname(path)}/{_format(task.id, task.attempt, deadline_us, since_us)}"
     if not _rename(path, target):
         return False
@@ -1580,7 +1601,8 @@ class _Worker:
         """Log what the handler raised, and have the task come back later."""
         import traceback
 
-        of = f" of {parts.place.max_attempts}" if parts.place.max_attempts else ""
+        most = parts.place.max_attempts
+        of = f" of {most}" if most < _MAX_ATTEMPT else ""
         text = f"{type(error).__name__}: {error}"
         _log("%s: attempt %s%s failed: %s", task.id, task.attempt, of, text, error=error)
         if not task._finished:
@@ -1987,7 +2009,7 @@ class _Place:
         self.root = root = queue._root
         self.durable = queue.sync_after_write
         self.lease_us = int(queue.timeout_stale_ms * 1_000)
-        self.max_attempts = queue.max_attempts
+        self.max_attempts = queue.max_attempts or _MAX_ATTEMPT
         self.keeps = {"done": queue.keep_done, "failed": queue.keep_failed, "corrupt": True}
         self.maxsize = queue.maxsize
         self.path = {state: f"{root}/{state}" for state in (*STATES, "creating")}
@@ -2000,8 +2022,7 @@ class _Place:
         self.passed_over = 0  # how often something was, or is still, set aside
         self.has_company = False  # other processes claim tasks, so far as the last look told
         self.has_hosts = False  # other machines or containers do
-        self.claimed = 0  # how many tasks this object took out of pending/
-        self.returns = 0  # and how many it put back, perhaps before what is listed already
+        self.returns = 0  # how many tasks it made pending, perhaps before what is listed already
         self._told: set[str] = set()
         self._gift: tuple[int, int] | None = None  # owner and group of the directory, once root asked
         changes = _Changes(self.durable)
@@ -2094,11 +2115,12 @@ class _Place:
         mode = stat.S_IMODE(os.stat(self.root).st_mode) & mask
         if os.name != "nt" and stat.S_IMODE(os.stat(target).st_mode) != mode:
             _try(os.chmod, target, mode)
-        self.hand_over(target)
+        if _user() == 0:
+            self.hand_over(target)
 
     def hand_over(self, target: str | int) -> None:
         """What root makes in somebody else's queue is his: one `sudo` must not stop a service."""
-        if sys.platform != "win32" and os.name != "nt" and os.geteuid() == 0:
+        if sys.platform != "win32":
             try:
                 if self._gift is None:
                     info = os.stat(self.root)
@@ -2115,7 +2137,8 @@ class _Place:
         except FileNotFoundError:  # somebody removed the directory
             self.make(os.path.dirname(path))
             descriptor = os.open(path, _WRITE_FLAGS, 0o666)
-        self.hand_over(descriptor)
+        if _user() == 0:
+            self.hand_over(descriptor)
         return descriptor
 
     def write(self, path: str, chunks: Iterable[bytes], shared: bool = False) -> int:
@@ -2203,9 +2226,9 @@ class _Place:
                 self.set_aside(directory, error)
         return ()
 
-    def files(self, directory: str) -> set[str]:
-        """The names of the regular files in it. A set: some filesystems list a name twice."""
-        return {entry.name for entry in self.entries(directory) if entry.is_file(follow_symlinks=False)}
+    def files(self, directory: str) -> list[str]:
+        """The names of the regular files in it. Some filesystems list a name twice."""
+        return [entry.name for entry in self.entries(directory) if entry.is_file(follow_symlinks=False)]
 
     def set_aside(self, path: str, error: OSError) -> None:
         """Note what cannot be had, for a minute, and log it once in that time."""
@@ -2396,11 +2419,16 @@ def _wall_us() -> int:
 _BOOT_CLOCK = getattr(time, "CLOCK_BOOTTIME", getattr(time, "CLOCK_MONOTONIC", 0))
 
 
-def _since_boot_us() -> int:
-    """Since the machine was booted, asleep or not, as far as the system tells."""
-    if sys.platform == "win32" or not _BOOT_CLOCK:
+if sys.platform == "win32":
+
+    def _since_boot_us() -> int:
         return int(time.monotonic() * 1_000_000)
-    return int(time.clock_gettime(_BOOT_CLOCK) * 1_000_000)
+
+else:
+
+    def _since_boot_us() -> int:
+        """Since the machine was booted, asleep or not, as far as the system tells."""
+        return int(time.clock_gettime(_BOOT_CLOCK) * 1_000_000)
 
 
 def _end_us(timeout_s: float | None) -> float:
@@ -2436,13 +2464,14 @@ class _Owner:
         self._place = place
         self._lock = _thread.RLock()
         self._is_ready = False  # the directory was made, and if that was asked for, for good
-        self._claims = 0  # since `rest` was called
-        self._is_closed = False
+        self.claims = 0
+        self._claims_seen = 0  # when `rest` was called last
+        self.is_closed = False
         _living.add(self.name)
 
     def claim(self, source: str, path: str) -> bool:
         """Rename a task into our own directory, made if it has to be; False if the task is gone."""
-        if not self._is_ready or not _rename(source, path):
+        if not (self._is_ready and _rename(source, path)):
             if self._is_ready and os.path.isdir(self.directory):
                 return False
             with self._lock:  # another thread must not claim before the directory is on disk
@@ -2451,30 +2480,31 @@ class _Owner:
                 self._is_ready = True
             if not _rename(source, path):
                 return False
-        self._claims += 1
-        self.check_open()  # close() gives back what it sees, and this may have come after it
+        self.claims += 1
+        if self.is_closed:  # close() gives back what it sees, and this may have come after it
+            self.check_open()
         return True
 
     def rest(self) -> None:
         """Remove the empty directory if nothing was claimed since the last call: all look into it."""
-        if not self._claims:
+        if self.claims == self._claims_seen:
             with self._lock:
                 self._is_ready = False
                 _try(os.rmdir, self.directory)
-        self._claims = 0
+        self._claims_seen = self.claims
 
     def inherit(self, last: _Owner) -> None:
         """What was closed before a fork is closed in the child."""
-        self._is_closed = last._is_closed
+        self.is_closed = last.is_closed
 
     def check_open(self) -> None:
         """Raise FemtoQueueError once this is closed."""
-        if self._is_closed:
+        if self.is_closed:
             raise FemtoQueueError("this queue object is closed; make a new one")
 
     def close(self) -> None:
         """From now on it is judged dead."""
-        self._is_closed = True
+        self.is_closed = True
         self.depart()
 
     def depart(self) -> None:
@@ -2623,7 +2653,7 @@ def _is_id(text: str) -> bool:
     16 digits, "_" and more in printable ASCII. What begins like one of ours and goes on otherwise was
     made of one by an editor or a synchronizer: `<id>.bak`, `<nonce> (conflicted copy).<crc32>`.
     """
-    if text[16:17] != "_" or not (text[:16].isdigit() and text.isascii() and text.isprintable()):
+    if not (text[16:17] == "_" and text[:16].isdigit() and text.isascii() and text.isprintable()):
         return False
     if not 17 < len(text) <= _MAX_ID:
         return False
@@ -2767,26 +2797,25 @@ def _open_regular(path: str, flags: int) -> int:
 # --- the filesystem: all renames are here, and what deletes, lists and syncs --------------------------
 
 
-def _rename(source: str, target: str) -> bool:
+def _rename(source: str, target: str, patience: int = 20 if os.name == "nt" else 0) -> bool:
     """Rename; False if there is no `source`, or no directory for `target`."""
-    for left in range(20 if os.name == "nt" else 0, -1, -1):
-        try:
-            os.rename(source, target)
+    try:
+        os.rename(source, target)
+        return True
+    except PermissionError:
+        if not patience:
+            raise
+    except OSError as error:
+        # Over NFS, ESTALE comes when it was done, and when another was quicker.
+        if error.errno == errno.ESTALE and (_holds(target) or _holds(source)):
+            if _holds(source):
+                raise
             return True
-        except PermissionError:
-            if not left:
-                raise
-            time.sleep(0.01)  # on Windows, a virus scanner has it open for a moment
-        except OSError as error:
-            # Over NFS, ESTALE comes when it was done, and when another was quicker.
-            if error.errno == errno.ESTALE and (_holds(target) or _holds(source)):
-                if _holds(source):
-                    raise
-                return True
-            if not _is_gone(error, source):
-                raise
-            break
-    return False
+        if not _is_gone(error, source):
+            raise
+        return False
+    time.sleep(0.01)  # on Windows, a virus scanner has it open for a moment
+    return _rename(source, target, patience - 1)
 
 
 def _unlink(path: str) -> bool:
@@ -2804,6 +2833,9 @@ def _is_gone(error: OSError, path: str) -> bool:
     if error.errno == errno.ESTALE:
         return not _holds(path)
     return error.errno in (errno.ENOENT, errno.ENOTDIR)
+
+
+_user = getattr(os, "geteuid", lambda: -1)
 
 
 def _holds(path: str) -> bool:
