@@ -1035,22 +1035,19 @@ def _wait_for_task(
     queues: Collection[_Parts], end_us: float, is_over: Callable[[], bool], waiting: _Waiting
 ) -> tuple[_Parts, FemtoTask] | None:
     """Parts of the first queue that has a task, and the task; None when time, or all, is over."""
-    watched = False
     while True:
         last = is_over() or _since_boot_us() >= end_us
-        if watched and is_over():
-            return None  # it may be closed by now
         for parts in queues:
             if task := parts.consumer.look():
                 return parts, task
         if last:
             return None
-        if watched:
+        # Watch, look, wait: in this order no change is missed.
+        if not waiting.watch(path for parts in queues for path in parts.consumer.directories()):
             left_us = min([end_us - _since_boot_us(), *(parts.keeper.sleep_us() for parts in queues)])
             waiting.wait(left_us / 1e6)
-        # Watch, look, wait: in this order no change is missed.
-        waiting.watch(path for parts in queues for path in parts.consumer.directories())
-        watched = True
+            if is_over():
+                return None  # it may be closed by now
 
 
 class _Listing:
@@ -1880,7 +1877,7 @@ class _Waiting:
         self._is_tried = False
         self._libc: Any = None
         self._poll: Any = None
-        self._times: dict[str, float] = {}
+        self._watched: dict[str, float] = {}  # with the change time, where that must do
 
     def __enter__(self) -> _Waiting:
         if self._among is not None:
@@ -1910,28 +1907,29 @@ class _Waiting:
             except (ImportError, OSError, AttributeError):
                 self.close()
 
-    def watch(self, directories: Iterable[str], departures: bool = False) -> None:
-        """Begin, or go on, to watch these for what comes, and for what goes if `departures`."""
+    def watch(self, directories: Iterable[str], departures: bool = False) -> bool:
+        """Watch these, too, for what comes, and for what goes if `departures`; tell if any is new."""
         if not self._is_tried:
             self._open()
         # ONLYDIR, CREATE, MOVED_TO, and DELETE, MOVED_FROM or else ONESHOT: a worker that is busy
         # again must cost those nothing who push.
         mask = 0x1000180 | (0x240 if departures else 0x80000000)
-        paths = list(directories)
-        for path in paths if self._inotify >= 0 else ():
-            add: Any = self._libc.inotify_add_watch
-            added = add(self._inotify, os.fsencode(path), mask)
-            if added < 0 and os.path.isdir(path):
-                self.close()  # no more watches are to be had
-                break
-        self._times = {} if self._inotify >= 0 else {path: _modified(path) for path in paths}
+        new = [path for path in directories if path not in self._watched]
+        for path in new:
+            self._watched[path] = 0.0 if self._inotify >= 0 else _modified(path)
+            if self._inotify >= 0:
+                added = self._libc.inotify_add_watch(self._inotify, os.fsencode(path), mask)
+                if added < 0 and os.path.isdir(path):  # no more watches are to be had
+                    paths = list(self._watched)
+                    self.close()
+                    return self.watch((*paths, *new))
+        return bool(new)
 
     def wait(self, seconds: float) -> None:
         """Sleep until something changes, somebody wakes it, or so much time is over."""
         if self._inotify >= 0:
-            if not self._rung:
-                self._poll.poll(max(0, seconds * 1_000))
-            self.changes()
+            if not self._rung and self._poll.poll(max(0, seconds * 1_000)):
+                self.changes()
         else:
             # That nothing changed proves nothing: a filesystem's time moves in steps. So not for long.
             end_us = _since_boot_us() + min(seconds, 0.1) * 1e6
@@ -1940,20 +1938,22 @@ class _Waiting:
                 if self.changes():
                     break
         with self._lock:  # forget what woke this: who waits asks then if all is over
-            self._rung = False
-            if sys.platform == "linux" and self._bell >= 0:
+            if sys.platform == "linux" and self._rung and self._bell >= 0:
                 _try(os.eventfd_read, self._bell)
+            self._rung = False
 
     def changes(self) -> set[str]:
         """The names that came or went since this was asked before; "" for one that cannot be told."""
         if self._inotify < 0:
             # What changed within the tick of the filesystem's clock may have changed again.
-            new_s = time.time() - 0.02
-            times = self._times.items()
-            return {"" for path, was in times if was > new_s or _modified(path) != was}
+            before, new_s = self._watched, time.time() - 0.02
+            self._watched = {path: _modified(path) for path in before}
+            times = self._watched.items()
+            return {"" for path, now in times if before[path] > new_s or before[path] != now}
         names: set[str] = set()
         try:
-            while events := os.read(self._inotify, 65_536):
+            while events := os.read(self._inotify, _SMALL):
+                self._watched.clear()  # a watch ends at its first event, or with its directory
                 at = 0
                 while at < len(events):  # struct inotify_event: wd, mask, cookie, len, name
                     end = at + 16 + int.from_bytes(events[at + 12 : at + 16], sys.byteorder)
@@ -1979,19 +1979,19 @@ class _Waiting:
         """
         with self._lock:
             inotify, bell, self._inotify, self._bell = self._inotify, self._bell, -1, -1
+            self._watched.clear()
         if bell >= 0:
             os.close(bell)
         if inotify >= 0 and (in_place or not _closing.acquire(False)):
             os.close(inotify)
         elif inotify >= 0:
-            import threading
 
             def close() -> None:
                 os.close(inotify)
                 _closing.release()
 
             try:
-                threading.Thread(target=close).start()
+                _thread.start_new_thread(close, ())
             except RuntimeError:  # no more threads are to be had
                 close()
 
