@@ -235,21 +235,22 @@ class FemtoQueue:
         self.maxsize: int = maxsize
         self._root = os.path.abspath(root)  # the program may change its directory
         self._parts: dict[int, _Parts] = {}
-        self._free: set[str] = set()  # what my node_id had claimed elsewhere; children keep it
+        # What a forked child keeps: what my node_id had claimed elsewhere; "stopped", "closed".
+        self._free: set[str] = set()
+        self._ends: set[str] = set()
         self._here().place.open()
         self._here().keeper.note_own_elsewhere()
 
     def _here(self) -> _Parts:
         """This process's parts, unless closed. A forked child has its own: it claims as itself."""
         parts = self._parts.get(os.getpid()) or self._new_parts()
-        if parts.owner.is_closed:
+        if self._ends:
             parts.owner.check_open()
         return parts
 
     def _new_parts(self) -> _Parts:
         pid = os.getpid()
-        last = next(iter(self._parts.values()), None)  # its parent's
-        parts = self._parts.setdefault(pid, _Parts(self, last))  # the same for all threads
+        parts = self._parts.setdefault(pid, _Parts(self))  # the same for all threads
         for other in set(self._parts) - {pid}:
             self._parts.pop(other, None)
         return parts
@@ -326,7 +327,7 @@ class FemtoQueue:
         if timeout == 0:
             return parts.consumer.look()
         with _Waiting(parts.place.waiting) as waiting:
-            found = _wait_for_task([parts], _end_us(timeout), lambda: parts.place.is_stopped, waiting)
+            found = _wait_for_task([parts], _end_us(timeout), parts.place.is_stopped, waiting)
             if found is None:
                 return None
             waiting.close(in_place=False)
@@ -486,12 +487,9 @@ class FemtoQueue:
 class _Parts:
     """The parts behind one FemtoQueue object in one process. A forked child makes its own."""
 
-    def __init__(self, queue: FemtoQueue, last: _Parts | None) -> None:
+    def __init__(self, queue: FemtoQueue) -> None:
         self.place = place = _Place(queue)
         self.owner = place.owner
-        if last:  # what was stopped or closed before a fork is so in the child
-            place.inherit(last.place)
-            self.owner.inherit(last.owner)
         buckets = _Buckets(place, "pending"), _Buckets(place, "scheduled")
         self.looking = _Looking(place)
         self.keeper = _Keeper(place, self.looking, buckets, queue._free)
@@ -627,8 +625,7 @@ class _Producer:
             crc = _crc(_chunks(descriptor))
             if self._place.durable:
                 os.fsync(descriptor)
-            if _user() == 0:
-                self._place.hand_over(descriptor)
+            self._place.hand_over(descriptor)
         finally:
             _try(os.close, descriptor)
         time_us = self._place.clock.stamp()
@@ -815,7 +812,7 @@ class _Consumer:
         self._pending = pending
         self._listing: _Listing | None = None
         self._undelivered: dict[str, str] = {}  # claims that may exist though `pop` did not return them
-        self._misses = 0  # rises when another worker was quicker, falls with each claim
+        self._contended = 0  # for so many claims more: not long ago, another worker was quicker
 
     def look(self) -> FemtoTask | None:
         """Claim the oldest task, or None. What was set aside is tried again at last, or raised."""
@@ -925,8 +922,8 @@ class _Consumer:
             # Before anybody syncs our own directory: the old side first, see _Changes.
             if place.durable:
                 place.note_old(directory)
-            if self._misses:
-                self._misses -= 1
+            if self._contended:
+                self._contended -= 1
             task = FemtoTask(id, None, used + 1, path)
             task._bucket, task._clock, task._deadline_us = directory, place.clock, deadline_us
             return task if self._read(task, mine) else None
@@ -964,14 +961,14 @@ class _Consumer:
         return done > 0
 
     def _note_miss(self, path: str, listing: _Listing) -> None:
-        """Another worker was quicker: skip names if that may well happen again, for all try the same
-        oldest one. The next listing finds what was skipped."""
-        self._misses = min(self._misses + 1, 4)
-        if self._misses > 1:  # one stale name is no contention yet
-            if self._place.has_company:
-                listing.skip(1 + zlib.crc32(path.encode()) % 4 ** (self._misses - 1))
-            else:
-                self._keeper.hurry()  # is there somebody?
+        """Another worker was quicker. It happens again if all try the same oldest one: share then."""
+        is_first, self._contended = not self._contended, 16
+        if is_first:
+            return  # one stale name is no contention yet
+        if self._place.has_company:
+            listing.share(zlib.crc32(path.encode()) % 8)
+        else:
+            self._keeper.hurry()  # is there somebody?
 
     def _has_finished_twin(self, descriptor: int, id: str) -> bool:
         """Does a claimed file lie in done/ or failed/ as well?
@@ -1122,10 +1119,15 @@ class _Listing:
         if was:
             self._hand = sorted(self._hand + was, key=lambda task: _order(task[0]), reverse=True)
 
-    def skip(self, count: int) -> None:
-        """Leave so many names to the next listing."""
-        self.skipped |= bool(self._ready)
-        del self._ready[-count:]
+    def share(self, part: int) -> None:
+        """Leave all but an eighth of the next 64 names to others, and to the next listing.
+
+        The eighth is told by a name's last character: a digit of the checksum, mostly.
+        """
+        block = self._ready[-64:]
+        own = [task for task in block if ord(task[0][-1]) % 8 == part]
+        self._ready[-64:] = own
+        self.skipped |= len(own) < len(block)
 
 
 # --- verdicts: what becomes of a claimed task? --------------------------------------------------------
@@ -1537,7 +1539,7 @@ class _Worker:
         return self._count
 
     def _is_over(self) -> bool:
-        return self._is_signalled() or any(parts.place.is_stopped for parts in self._queues)
+        return self._is_signalled() or any(parts.place.is_stopped() for parts in self._queues)
 
     def _is_signalled(self) -> bool:
         """Was a signal caught, here or by the run that this one is nested in?"""
@@ -1853,7 +1855,7 @@ class _Looking:
                     waiting.changes()
                     if self._is_empty() and not waiting.changes():
                         return True
-                if self._place.is_stopped or _since_boot_us() >= end_us:
+                if self._place.is_stopped() or _since_boot_us() >= end_us:
                     return False
                 waiting.wait(min(_LOOK_US, end_us - _since_boot_us()) / 1e6)
                 # A busy queue changes at every task: not more than a hundred looks a second.
@@ -2012,6 +2014,7 @@ class _Place:
         self.max_attempts = queue.max_attempts or _MAX_ATTEMPT
         self.keeps = {"done": queue.keep_done, "failed": queue.keep_failed, "corrupt": True}
         self.maxsize = queue.maxsize
+        self.ends = queue._ends
         self.path = {state: f"{root}/{state}" for state in (*STATES, "creating")}
         self.layout = f"{root}/layout"
         self.owner = _Owner(self, queue.node_id)
@@ -2030,7 +2033,6 @@ class _Place:
         self.sync, self.forget_changes = changes.sync, changes.forget
         self.waiting: set[_Waiting] = set()
         self.runs: list[tuple[int, Any]] = []  # a thread, and the lock that it holds while it runs
-        self.is_stopped = False  # then what begins later ends at once
 
     # Opening, and what heals.
 
@@ -2115,12 +2117,11 @@ class _Place:
         mode = stat.S_IMODE(os.stat(self.root).st_mode) & mask
         if os.name != "nt" and stat.S_IMODE(os.stat(target).st_mode) != mode:
             _try(os.chmod, target, mode)
-        if _user() == 0:
-            self.hand_over(target)
+        self.hand_over(target)
 
     def hand_over(self, target: str | int) -> None:
         """What root makes in somebody else's queue is his: one `sudo` must not stop a service."""
-        if sys.platform != "win32":
+        if sys.platform != "win32" and os.geteuid() == 0:
             try:
                 if self._gift is None:
                     info = os.stat(self.root)
@@ -2137,8 +2138,7 @@ class _Place:
         except FileNotFoundError:  # somebody removed the directory
             self.make(os.path.dirname(path))
             descriptor = os.open(path, _WRITE_FLAGS, 0o666)
-        if _user() == 0:
-            self.hand_over(descriptor)
+        self.hand_over(descriptor)
         return descriptor
 
     def write(self, path: str, chunks: Iterable[bytes], shared: bool = False) -> int:
@@ -2253,9 +2253,9 @@ class _Place:
 
     # Those who wait, and those who run.
 
-    def inherit(self, last: _Place) -> None:
-        """What was stopped before a fork is stopped in the child."""
-        self.is_stopped = last.is_stopped
+    def is_stopped(self) -> bool:
+        """Then what begins to wait or to run ends at once."""
+        return "stopped" in self.ends
 
     def wake(self) -> None:
         """End all waits of this object."""
@@ -2264,7 +2264,7 @@ class _Place:
 
     def stop(self) -> None:
         """End all waits and runs of this object, and those that begin later."""
-        self.is_stopped = True
+        self.ends.add("stopped")
         self.wake()
 
     def stop_and_wait(self) -> None:
@@ -2466,7 +2466,7 @@ class _Owner:
         self._is_ready = False  # the directory was made, and if that was asked for, for good
         self.claims = 0
         self._claims_seen = 0  # when `rest` was called last
-        self.is_closed = False
+        self._ends = place.ends
         _living.add(self.name)
 
     def claim(self, source: str, path: str) -> bool:
@@ -2481,7 +2481,7 @@ class _Owner:
             if not _rename(source, path):
                 return False
         self.claims += 1
-        if self.is_closed:  # close() gives back what it sees, and this may have come after it
+        if self._ends:  # close() gives back what it sees, and this may have come after it
             self.check_open()
         return True
 
@@ -2493,18 +2493,14 @@ class _Owner:
                 _try(os.rmdir, self.directory)
         self._claims_seen = self.claims
 
-    def inherit(self, last: _Owner) -> None:
-        """What was closed before a fork is closed in the child."""
-        self.is_closed = last.is_closed
-
     def check_open(self) -> None:
         """Raise FemtoQueueError once this is closed."""
-        if self.is_closed:
+        if "closed" in self._ends:
             raise FemtoQueueError("this queue object is closed; make a new one")
 
     def close(self) -> None:
         """From now on it is judged dead."""
-        self.is_closed = True
+        self._ends.add("closed")
         self.depart()
 
     def depart(self) -> None:
@@ -2833,9 +2829,6 @@ def _is_gone(error: OSError, path: str) -> bool:
     if error.errno == errno.ESTALE:
         return not _holds(path)
     return error.errno in (errno.ENOENT, errno.ENOTDIR)
-
-
-_user = getattr(os, "geteuid", lambda: -1)
 
 
 def _holds(path: str) -> bool:
