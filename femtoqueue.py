@@ -1345,11 +1345,11 @@ class _Keeper:
             owner = _parse_owner(entry.name)
             if owner is None or not entry.is_dir(follow_symlinks=False):
                 continue
-            other_place = owner[3] != place.owner.process[2]
-            has_company |= owner[1:4] != place.owner.process
+            other_place = owner[3] != _identity().place
             has_hosts |= other_place
             names = place.names(entry.path)
             alive = _is_alive(owner)
+            has_company |= alive is not False and entry.path != place.owner.directory
             for deadline_us, id, used, path in self._tasks(entry.path, names):
                 if deadline_us < now_us or alive is False or path in self._free:
                     found.append((_time_of(id), id, used, path))
@@ -1811,7 +1811,7 @@ class _Looking:
     def has_hosts(self) -> bool:
         """Do other machines or containers take part?"""
         owners = (_parse_owner(os.path.basename(path)) for path in self._place.inner("in_progress"))
-        return any(owner and owner[3] != self._place.owner.process[2] for owner in owners)
+        return any(owner and owner[3] != _identity().place for owner in owners)
 
     def cancel(self, id: str) -> bool:
         """Delete a waiting task."""
@@ -2023,7 +2023,7 @@ class _Place:
         self.troubles: dict[str, tuple[int | None, str | None, object]] = {}
         self.last_trouble: tuple[int | None, str | None, object] = (None, None, None)
         self.passed_over = 0  # how often something was, or is still, set aside
-        self.has_company = False  # other processes claim tasks, so far as the last look told
+        self.has_company = False  # other live owners claim tasks, so far as the last look told
         self.has_hosts = False  # other machines or containers do
         self.returns = 0  # how many tasks it made pending, perhaps before what is listed already
         self._told: set[str] = set()
@@ -2457,7 +2457,6 @@ class _Owner:
     def __init__(self, place: _Place, node_id: str) -> None:
         me = _identity()
         self.node_id = node_id
-        self.process = (me.pid, me.start, me.place)
         self.name = f"{node_id}~{me.pid}~{me.start}~{me.place}~{_copy}{os.urandom(4).hex()}"
         self.draft = f"{place.path['creating']}/{self.name}~"
         self.directory = f"{place.path['in_progress']}/{self.name}"
