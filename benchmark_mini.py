@@ -3,9 +3,8 @@
 
     python3 benchmark_mini.py                      ten seconds, nothing to install
     python3 benchmark_mini.py --dir /srv/queues    on another filesystem
-    python3 benchmark_mini.py --only one workers   some parts; the name of each is in brackets
     python3 benchmark_mini.py --full               what must not grow: minutes, and 6 GB on ext4
-    python3 benchmark_mini.py --full 0.01          the same with a hundredth of the tasks
+    python3 benchmark_mini.py --full 0.01          the same with a hundredth of the tasks and bytes
 
     pip install femtoqueue==0.4.2 persist-queue litequeue localqueue \\
         huey diskcache dirq pqueue matplotlib
@@ -15,8 +14,8 @@ The *floor* is a bare loop of the system calls that a queue of files needs: open
 rename, open, read, close; rename. It keeps no order, checks nothing and survives nothing. *Plain files*
 are the same steps, written as one writes Python.
 
-Each figure stands beside another one of the same run. The two take turns, so a busy machine is busy for
-both. Figures are medians, and a ratio is the median of the ratios of the turns.
+Each figure stands beside others of the same run. They take turns, so a busy machine is busy for all.
+Figures are medians, and a ratio is the median of the ratios of the turns.
 """
 
 from __future__ import annotations
@@ -25,7 +24,6 @@ import argparse
 import gc
 import multiprocessing
 import os
-import platform
 import runpy
 import shutil
 import signal
@@ -35,138 +33,109 @@ import tempfile
 import time
 import tracemalloc
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from importlib import import_module, metadata
-from itertools import chain, repeat
-from operator import sub
+from itertools import chain, count, islice, repeat
+from operator import sub, truediv
 from pathlib import Path
 from statistics import median
-from typing import Any, NamedTuple
+from typing import Any
 
 import femtoqueue
 from femtoqueue import FemtoQueue
 
-PAYLOAD = b"0123456789" * 10
-NAME = "%016d_bench_0123456789abcdef01.01234567"  # as long as femtoqueue's, for ext4's sake
-HOUR_US = 3_600_000_000
-OURS, FLOOR, PLAIN = "femtoqueue", "floor", "plain files"
+PAYLOAD, HOUR_US = b"0123456789" * 10, 3_600_000_000
+NAMES = map("%016d_bench_0123456789abcdef01.01234567".__mod__, count())  # as long as femtoqueue's
 STEPS = ("push", "pop", "done", "push + pop + done")
+OURS, FLOOR, DURABLE, PLAIN = "femtoqueue", "floor", "durable floor", "plain files"
+LOOP = "pop, sleep 10 ms"
 PEERS = ("original", "persist-queue", "litequeue", "localqueue", "huey", "diskcache", "dirq", "pqueue")
-FORGETFUL = ("huey", "diskcache")  # a worker that dies takes its task along
-UNITS = {"s": [(1, "s"), (1e-3, "ms"), (1e-6, "us")], "B": [(1e6, "MB"), (1e3, "kB")]}  # from where on
 
-Steps = tuple[Callable[[bytes], Any], Callable[..., Any], Callable[[Any], Any]]  # push, pop, done
-
-
-class Row(NamedTuple):
-    """A figure and what it stands beside: samples that were taken by turns."""
-
-    what: str
-    samples: Sequence[float]
-    than: str
-    base: Sequence[float]
-    unit: str = "s"
+Row = tuple[str, dict[str, Sequence[float]]]  # "what -> what is to be reached"; samples, ours first
+Rows = Iterator[Row]
 
 
-# --- what is compared ---------------------------------------------------------------------------------
+# --- what is compared: each goes on when all tasks are pushed, all popped, all done -------------------
 
 
-def queue(place: Path, **options: Any) -> FemtoQueue:
-    return FemtoQueue(place, "bench", HOUR_US // 1_000, **options)
+def queue(place: Path, filled: int = 0, **options: Any) -> FemtoQueue:
+    q = FemtoQueue(place, "bench", HOUR_US // 1_000, **options)
+    for _ in range(filled):
+        q.push(PAYLOAD)
+    return q
 
 
-def ours(place: Path, **options: Any) -> Steps:
-    made = queue(place, **options)
-    return made.push, made.pop, made.done
+def through(number: int, q: Any) -> Iterator[None]:
+    """A queue, or its push, pop and done."""
+    push, pop, done = q if isinstance(q, tuple) else (q.push, q.pop, q.done)
+    for _ in range(number):
+        push(PAYLOAD)
+    yield
+    popped = [pop() for _ in range(number)]
+    if None in popped:
+        raise SystemExit("a queue gave back fewer tasks than it was given")
+    yield
+    for task in popped:
+        done(task)
+    yield
 
 
-def folders(place: Path) -> list[str]:
+def files(number: int, place: Path, how: str = FLOOR) -> Iterator[None]:
+    """The floor is the system calls with nothing around them; a durable one syncs."""
     paths = [f"{place}/{state}/" for state in ("creating", "pending", "in_progress", "done")]
+    creating, pending, claimed, finished = paths
     for path in paths:
         os.makedirs(path, exist_ok=True)
-    return paths
-
-
-def floor(place: Path, durable: bool = False, numbers: range = range(10**9)) -> Steps:
-    """The system calls with nothing around them. `numbers` is which tasks this process pops."""
-    creating, pending, claimed, finished = folders(place)
-    to_sync = [os.open(path, os.O_RDONLY) for path in (pending, claimed, finished) if durable]
-    new, old = map(NAME.__mod__, range(10**9)), map(NAME.__mod__, numbers)
-
-    def push(data: bytes) -> None:
-        name = next(new)
-        file = os.open(creating + name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
-        os.write(file, data)
-        if durable:
-            os.fsync(file)
-        os.close(file)
+    to_sync = [os.open(path, os.O_RDONLY) for path in paths[1:] if how == DURABLE]
+    names = [next(NAMES) for _ in range(number)]
+    for name in names:
+        if how == PLAIN:
+            Path(creating, name).write_bytes(PAYLOAD)
+        else:
+            file = os.open(creating + name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+            os.write(file, PAYLOAD)
+            if to_sync:
+                os.fsync(file)
+            os.close(file)
         os.rename(creating + name, pending + name)
-        if durable:
+        if to_sync:
             os.fsync(to_sync[0])
-
-    def pop() -> str | None:
-        if name := next(old, None):
-            os.rename(pending + name, claimed + name)
+    yield
+    for name in names:
+        os.rename(pending + name, claimed + name)
+        if how == PLAIN:
+            Path(claimed, name).read_bytes()
+        else:
             file = os.open(claimed + name, os.O_RDONLY)
             os.read(file, 200)
             os.close(file)
-        return name
-
-    def done(name: str) -> None:
+    yield
+    for name in names:
         os.rename(claimed + name, finished + name)
-        if durable:
-            os.fsync(to_sync[1])
-            os.fsync(to_sync[2])
-
-    return push, pop, done
-
-
-def plain(place: Path) -> Steps:
-    """What one writes without a queue. With a timeout, pop looks every 10 ms."""
-    creating, pending, claimed, finished = map(Path, folders(place))
-    new, old = (map(NAME.__mod__, range(10**9)) for _ in range(2))
-
-    def push(data: bytes) -> None:
-        name = next(new)
-        (creating / name).write_bytes(data)
-        os.rename(creating / name, pending / name)
-
-    def pop(timeout: float = 0) -> str | None:
-        end = time.monotonic() + timeout
-        while timeout and not os.listdir(pending):
-            if time.monotonic() > end:
-                return None
-            time.sleep(0.01)
-        name = next(old)
-        os.rename(pending / name, claimed / name)
-        (claimed / name).read_bytes()
-        return name
-
-    return push, pop, lambda name: os.rename(claimed / name, finished / name)
+        for directory in to_sync[1:]:
+            os.fsync(directory)
+    yield
+    for directory in to_sync:
+        os.close(directory)
 
 
-def peer(name: str, place: str, durable: bool) -> Steps:
+def peer(name: str, place: str, durable: bool = False) -> Any:
     """Another queue, used as its README says. ImportError tells why it is left out."""
-    if durable and name in (
-        "original",
-        "dirq",
-        "pqueue",
-    ):  # the original's fsync comes before the write
-        raise ImportError("power cuts take what it wrote")
+    if durable and name in ("original", "dirq", "pqueue"):  # the original syncs before it writes
+        raise ImportError("a power cut takes what it wrote")
     level = "FULL" if durable else "NORMAL"  # of SQLite: a power cut takes nothing, or the last seconds
+    os.makedirs(place)
     match name:
         case "original":
             found = [d for d in metadata.distributions(name="femtoqueue") if d.version == "0.4.2"]
             if not found:
                 raise ImportError("pip install femtoqueue==0.4.2")
             path = str(found[0].locate_file("femtoqueue.py"))
-            q = runpy.run_path(path, run_name="original")["FemtoQueue"](place, "bench")
-            return q.push, q.pop, q.done
+            return runpy.run_path(path, run_name=name)["FemtoQueue"](place, "bench")
         case "persist-queue":
             q = import_module("persistqueue").SQLiteAckQueue(place)
             q._putter.execute(f"PRAGMA synchronous = {level}")  # there is no option
-            return q.put, lambda: q.get(block=False, raw=True), q.ack
+            return q.put, partial(q.get, block=False, raw=True), q.ack
         case "litequeue":
             q = import_module(name).LiteQueue(f"{place}/queue.db")
             q.conn.execute(f"PRAGMA synchronous = {level}")
@@ -174,7 +143,7 @@ def peer(name: str, place: str, durable: bool) -> Steps:
         case "localqueue":
             mode = import_module(name).DurabilityMode("durable" if durable else "relaxed")
             q = import_module(name).SimpleQueue(place, durability=mode)
-            return lambda data: q.put(data.decode()), lambda: q.get(block=False), q.ack
+            return lambda data: q.put(data.decode()), partial(q.get, block=False), q.ack
         case "huey":
             q = import_module(name).SqliteHuey(filename=f"{place}/huey.db", fsync=durable)
             return q.task(name="handler")(lambda data: None), q.dequeue, q.execute
@@ -194,390 +163,333 @@ def peer(name: str, place: str, durable: bool) -> Steps:
 # --- how it is measured -------------------------------------------------------------------------------
 
 
-def timed(call: Callable[..., object], *arguments: object) -> float:
+def timed(call: Callable[..., object], *arguments: object) -> list[float]:
     start = time.perf_counter()
     call(*arguments)
-    return time.perf_counter() - start
+    return [time.perf_counter() - start]
 
 
-def memory(call: Callable[[], object]) -> float:
-    """Bytes that Python held at most during the call."""
+def memory(call: Callable[..., object], *arguments: object) -> list[float]:
+    """Bytes that Python held at most."""
     tracemalloc.start()
-    call()
+    call(*arguments)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    return float(peak)
+    return [peak]
 
 
-def fill(push: Callable[[bytes], object], count: int) -> None:
-    for _ in range(count):
-        push(PAYLOAD)
-
-
-def tasks(steps: Steps, count: int) -> list[float]:
+def load(number: int, steps: Callable[..., Iterator[None]], *arguments: Any) -> list[float]:
     """Seconds per task of push, pop, done, and of all three."""
-    (push, pop, done), popped = steps, []
-    times = [timed(fill, push, count)]
-    times.append(timed(lambda: popped.extend([pop() for _ in range(count)])))
-    times.append(timed(lambda: [done(task) for task in popped]))
-    if any(task is None for task in popped):
-        raise SystemExit("a queue gave back fewer tasks than it was given")
-    return [time / count for time in (*times, sum(times))]
+    turn = steps(number, *arguments)
+    times = [timed(next, turn)[0] / number for _ in range(3)]
+    return [*times, sum(times)]
 
 
-def compare(who: dict[str, Steps], seconds: float, count: int = 1_000, *what: str) -> Iterator[Row]:
-    """Each beside the last: turns of `count` tasks, after one as a warm-up."""
-    (*names, base), what = who, what or STEPS
+def by_turns(
+    call: Callable[..., Any], who: dict[str, Any], seconds: float, *whats: str, least: int = 4
+) -> Rows:
+    """A row for each figure that the call returns. All take turns; the first is a warm-up."""
     turns: dict[str, list[list[float]]] = {name: [] for name in who}
-    for push, _, _ in who.values():
-        fill(push, count)  # nobody works on an empty queue
-    gc.collect()
+    order, end = [*who], time.perf_counter() + seconds
     gc.freeze()  # what the benchmark itself has loaded is nobody's burden
-    end = time.perf_counter() + seconds
-    while len(turns[base]) < 4 or time.perf_counter() < end:
-        for name in list(who)[:: 1 if len(turns[base]) % 2 else -1]:
-            turns[name].append(tasks(who[name], count))
-    gc.unfreeze()
-    costs = {name: [*zip(*turns[name][1:], strict=True)][-len(what) :] for name in who}
-    for name in names:
-        for step, samples, others in zip(what, costs[name], costs[base], strict=True):
-            yield Row(f"{name}: {step}" if step else name, samples, base, others)
+    while len(turns[order[0]]) < least or time.perf_counter() < end:
+        for name in order:
+            turns[name].append(call(*who[name]))
+        order.reverse()
+    figures = {name: [*zip(*turns[name][1:], strict=True)] for name in who}
+    for number, what in enumerate(whats):
+        yield what, {name: figures[name][number] for name in who}
 
 
-def beside(what: str, call: Callable[[], Any], than: str, other: Callable[[], Any], times: int) -> Row:
-    """A call by turns with another one."""
-    pairs = [(timed(call), timed(other)) for _ in range(times + 1)][1:]
-    samples, base = zip(*pairs, strict=True)
-    return Row(what, samples, than, base)
-
-
-jobs: Sequence[Callable[[], Any]] = ()
-
-
-def do(number: int) -> Any:
-    signal.alarm(300)  # it ends even if the benchmark was killed
-    for end in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(end, signal.SIG_DFL)
-    return jobs[number]()
-
-
-def together(*new_jobs: Callable[[], Any]) -> list[Any]:
+def together(*jobs: Callable[[], Any]) -> list[Any]:
     """What the jobs return, each done by a process of its own, at the same time."""
-    global jobs
-    jobs, fork = new_jobs, multiprocessing.get_context("fork")
-    with ProcessPoolExecutor(len(jobs), fork, fork.Barrier(len(jobs)).wait) as pool:
-        return list(pool.map(do, range(len(jobs))))
+    fork = multiprocessing.get_context("fork")
+    results, barrier = fork.Queue(), fork.Barrier(len(jobs))
+
+    def do(number: int) -> None:
+        barrier.wait()
+        results.put((number, jobs[number]()))
+
+    for number in range(len(jobs)):
+        fork.Process(target=do, args=(number,), daemon=True).start()
+    return [result for _, result in sorted(results.get(timeout=300) for _ in jobs)]
+
+
+def drain(tasks: Iterator[Any]) -> list[float]:
+    """When it began, and when each came to an end."""
+    return [time.perf_counter(), *(time.perf_counter() for _ in tasks)]
+
+
+def wait(q: Any, polls: bool, number: int = 0) -> list[float]:
+    """The share of a core that waiting in vain takes, and how late so many tasks were popped."""
+
+    def pop(timeout: float) -> Any:
+        end = time.monotonic() + timeout
+        while not (task := q.pop() if polls else q.pop(timeout)) and time.monotonic() < end:
+            time.sleep(0.01)
+        return task
+
+    pop(0.1)  # what the first wait imports is not part of it
+    start, late = time.process_time(), [0.0]
+    pop(2)
+    share = (time.process_time() - start) / 2
+    while len(late) <= number and (task := pop(60)):
+        late.append(time.perf_counter() - float(task.data))
+        q.done(task)
+    return [share, median(late)]
 
 
 # --- the ten seconds ----------------------------------------------------------------------------------
 
 
-def one(place: Path, seconds: float, share: float) -> Iterator[Row]:
-    """One process. To reach in all: 1.10 x the floor, on tmpfs 1.20"""
-    who = {OURS: ours(place / "ours"), PLAIN: plain(place / "plain"), FLOOR: floor(place / "floor")}
-    return compare(who, seconds)
+def one(place: Path, share: float) -> Rows:
+    """One process"""
+    who: dict[str, Any] = {OURS: (through, queue(place / OURS, 1_000))}
+    who |= {how: (files, place / how, how) for how in (FLOOR, PLAIN)}
+    return by_turns(
+        partial(load, 1_000), who, 1.5, *STEPS[:3], f"{STEPS[3]} -> 1.10 x, on tmpfs 1.20 x"
+    )
 
 
-def workers(place: Path, seconds: float, share: float) -> Iterator[Row]:
-    """8 processes drain a queue; those of the floor share no files. To reach: 1.18 x, on tmpfs 1.54"""
-    total, openers = 10_000 if seconds > 2 else 4_000, (floor, ours)
-    shares: tuple[list[dict[str, Any]], ...]
-    shares = [{"numbers": range(number, total, 8)} for number in range(8)], [{}] * 8
-    spent: list[list[float]] = [[], []]
-    for turn in range(2 * round(seconds) + 4):
-        path, open_ = place / str(turn), openers[turn % 2]
-        fill(open_(path)[0], total)
-        times = together(*(partial(drain, open_, path, share) for share in shares[turn % 2]))
-        if sum(map(len, times)) != total + 8:
-            raise SystemExit("the workers lost or doubled tasks")
-        spent[turn % 2].append((max(map(max, times)) - min(map(min, times))) / total)
-    yield Row("pop + done", spent[1], FLOOR, spent[0])
+def workers(place: Path, share: float) -> Rows:
+    """Many workers; those of the floor share no files"""
+
+    def drained(steps: Callable[..., Iterator[None]], of: Any, works: list[Any]) -> list[float]:
+        shares = [steps(500, of) for _ in range(8)]
+        for share in shares:
+            next(share)
+        times = together(*(partial(drain, each) for each in works or shares))
+        return [(max(map(max, times)) - min(map(min, times))) / 4_000]
+
+    q = queue(place / OURS)
+    who = {OURS: (through, q, [map(q.done, iter(q.pop, None))] * 8), FLOOR: (files, place / FLOOR, [])}
+    return by_turns(drained, who, 2, "pop + done by 8 processes -> 1.18 x, on tmpfs 1.54 x")
 
 
-def drain(open_: Callable[..., Steps], place: Path, options: dict[str, Any]) -> list[float]:
-    """When it began, and when each task was done."""
-    _, pop, done = open_(place, **options)
-    times = [time.perf_counter()]
-    for task in iter(pop, None):
-        done(task)
-        times.append(time.perf_counter())
-    return times
+def durable(place: Path, share: float) -> Rows:
+    """Durable; the floor is write + fsync + rename + fsync"""
+    q, many = (queue(place / name, 20, sync_after_write=True) for name in (OURS, "many"))
+    who: dict[str, Any] = {OURS: (through, q), DURABLE: (files, place / DURABLE, DURABLE)}
+    yield from by_turns(partial(load, 20), who, 1, "push -> 1.10 x", *STEPS[1:])
+    fifty = partial(queue, place / "fifty", 50, sync_after_write=True)
+    who = {OURS: (1_000, many.push_many, [PAYLOAD] * 1_000), "push": (50, fifty)}
+    each = "push_many(1000), each -> 0.25 x"
+    yield from by_turns(lambda number, *call: [timed(*call)[0] / number], who, 0, each)
 
 
-def durable(place: Path, seconds: float, share: float) -> Iterator[Row]:
-    """Durable, beside write + fsync + rename + fsync. To reach: push 1.10 x, push_many 0.25 x"""
-    who = {OURS: ours(place / "ours", sync_after_write=True), FLOOR: floor(place / "floor", True)}
-    yield from compare(who, seconds / 2, count=20)
-    many = queue(place / "many", sync_after_write=True)
-    row = beside("", lambda: many.push_many([PAYLOAD] * 1_000), "", lambda: fill(many.push, 50), 3)
-    yield Row("push_many(1000)", [s / 1_000 for s in row.samples], "push", [s / 50 for s in row.base])
+def waiting(place: Path, share: float) -> Rows:
+    """Waiting, beside a loop that looks every 10 ms"""
+    who = [(queue(place / name), name == LOOP) for name in (OURS, LOOP)]
+
+    def push_often(q: FemtoQueue, later: bool) -> None:
+        time.sleep(2.5 + 0.006 * later)
+        for number in range(40):
+            time.sleep(0.012 + number % 17 / 2_000)  # out of step with who polls
+            q.push(b"%r" % time.perf_counter())
+
+    waits = [partial(wait, *each, 40) for each in who]
+    own, loop, *_ = together(*waits, *(partial(push_often, *each) for each in who))
+    yield "idle worker -> 0.05 %", {OURS: own[:1], LOOP: loop[:1]}
+    yield "wake-up, from push to end of pop -> 0.5 ms", {OURS: own[1:], LOOP: loop[1:]}
 
 
-def waiting(place: Path, seconds: float, share: float) -> Iterator[Row]:
-    """Waiting, beside looking into a directory every 10 ms. To reach: 0.05 % of a core, 0.5 ms"""
-    both, count = (ours(place / "ours"), plain(place / "plain")), round(40 * seconds)
-
-    def push_often() -> list[list[float]]:
-        times: list[list[float]] = [[], []]
-        time.sleep(seconds + 0.5)
-        for number in range(2 * count):
-            time.sleep(0.012 + number % 17 / 2_000)  # out of step with whoever polls
-            times[number % 2].append(time.perf_counter())
-            both[number % 2][0](PAYLOAD)
-        return times
-
-    *waits, pushed = together(*(partial(wait, steps, seconds, count) for steps in both), push_often)
-    (own, woken), (loop, loop_woken) = waits
-    yield Row("idle: pop(timeout)", [own], "a loop", [loop], "core")
-    late, loop_late = (list(map(sub, *each)) for each in ((woken, pushed[0]), (loop_woken, pushed[1])))
-    yield Row("wake-up: push to end of pop", late, "a loop", loop_late)
-
-
-def wait(steps: Steps, seconds: float, count: int) -> tuple[float, list[float]]:
-    """The share of a core that waiting in vain takes, and when it was woken by `count` pushes."""
-    _, pop, done = steps
-    pop(timeout=0.1)  # what the first wait imports is not part of it
-    start, times = time.process_time(), []
-    pop(timeout=seconds)
-    spent = (time.process_time() - start) / seconds
-    for _ in range(count):
-        task = pop(timeout=60)
-        times.append(time.perf_counter())
-        done(task)
-    return spent, times
+def peers(place: Path, share: float) -> Rows:
+    """Push + pop + done, with other queues (* a task is lost if its worker is killed)"""
+    for survives, number, floors in (
+        ("killed processes", 200, (FLOOR, PLAIN)),
+        ("power cuts", 20, (DURABLE,)),
+    ):
+        at, synced = place / survives, DURABLE in floors
+        who: dict[str, Any] = {OURS: (through, queue(at / OURS, number, sync_after_write=synced))}
+        who |= {how: (files, at / how, how) for how in floors}
+        for name in PEERS:
+            try:
+                version = "0.4.2" if name == "original" else metadata.version(name)
+                other = peer(name, f"{at}/{name}", synced)
+            except ImportError as error:
+                print(f"  without {name}: {error}")
+                continue
+            next(through(number, other))
+            label = f"{name} {version}{' *' if name in ('huey', 'diskcache') else ''}"
+            who[label] = through, other
+        *_, row = by_turns(partial(load, number), who, 15, *STEPS[:3], f"surviving {survives}")
+        yield row
 
 
 # --- what must not grow: --full -----------------------------------------------------------------------
 
 
-def backlog(place: Path, seconds: float, share: float) -> Iterator[Row]:
-    """A backlog of 1,000,000. To reach: first pop 5 ms, 2 MB; later ones 1.10 x; when empty 40 us"""
+def grown(place: Path, share: float) -> Rows:
+    """Up to 1,000,000 pending, 100,000 scheduled, 200,000 done, and a thousandth of it"""
+    due_us, parts = time.time_ns() // 1_000 + HOUR_US, {OURS: share, "a thousandth": 0.001}
+    who = {name: queue(place / name) for name in parts}
 
-    def first_pop(name: str) -> tuple[float, float]:
-        with queue(place / name) as first, queue(place / name) as second:
-            return timed(first.pop), memory(second.pop)
+    def grow(pending: int, scheduled: int, done: int) -> None:
+        for name, q in who.items():
+            load(max(1, int(done * parts[name])), through, q)
+            next(through(int(pending * parts[name]), q))
+            for _ in range(max(50, int(scheduled * parts[name]))):
+                q.schedule(PAYLOAD, due_us)
+        os.sync()  # or the disk is still busy with it
 
-    who = {"many": ours(place / "many"), "few": ours(place / "few")}
-    fill(who["many"][0], int(1_000_000 * share))
-    fill(who["few"][0], 1_000)
-    os.sync()  # or the disk is still busy with it
-    pops = [together(partial(first_pop, "many"), partial(first_pop, "few")) for _ in range(5)]
-    for what, kind, unit in (("first pop of a process", 0, "s"), ("memory of it", 1, "B")):
-        yield Row(what, [many[kind] for many, _ in pops], "few", [few[kind] for _, few in pops], unit)
-    yield from compare(who, seconds)
-    with queue(place / "many", keep_done=False) as drained:
-        while task := drained.pop():
-            drained.done(task)
+    def first_pop(place: Path) -> list[float]:
+        with queue(place) as first, queue(place) as second:
+            return timed(first.pop) + memory(second.pop)
+
+    grow(100_000, 16_000, 200_000)
+    for state, size in (("pending", "100,000"), ("scheduled", "16,000")):
+        for call in ("status", "cancel"):
+            ids = {name: [*islice(q.ids(state), 40)] for name, q in who.items()}
+            calls = {name: (next, map(getattr(q, call), ids[name])) for name, q in who.items()}
+            yield from by_turns(timed, calls, 0, f"{call}(id), {size} {state} -> 1 ms", least=40)
+    counts = {name: (q.counts,) for name, q in who.items()}
+    yield from by_turns(memory, counts, 0, "memory of counts(), 200,000 done -> 1 MB")
+    grow(900_000, 84_000, 0)
+    whats = "first pop -> 5 ms", "memory of first pop -> 2 MB"
+    yield from by_turns(first_pop, {name: (place / name,) for name in who}, 0, *whats)
+    loads, whats = {name: (through, q) for name, q in who.items()}, ("push -> 1.05 x", "pop -> 1.05 x")
+    yield from by_turns(partial(load, 1_000), loads, 5, *whats, *STEPS[2:])
+    q, new = queue(place / OURS, keep_done=False), queue(place / "new")
+    drain(map(q.done, iter(q.pop, None)))
     time.sleep(2.1)  # directories that were just in use are not removed yet
-    fresh, nothing = queue(place / "new").pop, place / "new" / "done"
-    yield beside("pop of a new queue", fresh, "os.listdir", lambda: os.listdir(nothing), 2_000)
-    yield beside("pop of the drained queue", queue(place / "many").pop, "new", fresh, 2_000)
-
-
-def scheduled(place: Path, seconds: float, share: float) -> Iterator[Row]:
-    """100,000 scheduled for one time. To reach: 1.05 x; no pop takes 100 ms when all fall due"""
+    yield from by_turns(timed, {OURS: (q.pop,), "new": (new.pop,)}, 1, "pop once drained -> 40 us")
 
     def drain_later() -> list[float]:
-        now, ahead = time.time, HOUR_US / 1e6
-        time.time = lambda: now() + ahead
-        return drain(ours, place / "many", {"keep_done": False})
+        now = time.time
+        time.time = lambda: now() + HOUR_US / 1e6
+        return drain(map(q.done, iter(q.pop, None)))
 
-    count, due_us = int(100_000 * share), time.time_ns() // 1_000 + HOUR_US
-    later = queue(place / "many")
-    fill(lambda data: later.schedule(data, due_us), count)
-    yield from compare({"scheduled": ours(place / "many"), "none": ours(place / "none")}, seconds)
     [times] = together(drain_later)
-    if len(times) != count + 1_000 + 1:
-        raise SystemExit(f"{len(times) - 1:,} tasks came back of {count + 1_000:,}")
-    pops = list(map(sub, times[1:], times))
-    yield Row("longest pop + done when all are due", [max(pops)], "their median", [median(pops)])
+    pops = sorted(map(sub, times[1:], times))
+    yield "longest pop + done when all are due -> 100 ms", {OURS: pops[-1:], "median": [median(pops)]}
 
 
-def processes(place: Path, seconds: float, share: float) -> Iterator[Row]:
-    """Many processes. To reach: 100 us beside 40 busy ones; 50 idle ones 2.5 % of a core"""
+def crowd(place: Path, share: float) -> Rows:
+    """Many processes"""
+    q, alone = queue(place / "busy", 40), queue(place / "alone")
+
+    def look() -> list[Row]:
+        time.sleep(1)
+        pops = {OURS: (q.pop,), "alone": (alone.pop,)}
+        return [*by_turns(timed, pops, 1, "empty pop beside 40 busy -> 100 us")]
 
     def hold() -> bool:
-        mine = queue(place / "ours")
-        task = mine.pop()
-        time.sleep(5)
+        task = q.pop()
+        time.sleep(4)
         return task is not None
 
-    def look() -> Row:
-        time.sleep(1)
-        pop, alone = queue(place / "ours").pop, queue(place / "alone").pop
-        return beside("pop beside 40 that hold a task", pop, "alone", alone, 300)
-
-    fill(queue(place / "ours").push, 40)
-    row, *held = together(look, *[hold] * 40)
+    rows, *held = together(look, *[hold] * 40)
     if not all(held):
         raise SystemExit("not everybody got a task")
-    yield row
-    waiters = ours(place / "idle"), plain(place / "plain")
-    own, loop = (
-        [sum(spent for spent, _ in together(*[partial(wait, steps, seconds, 0)] * 50))]
-        for steps in waiters
-    )
-    yield Row("50 idle: pop(timeout)", own, "50 loops", loop, "core")
+    yield from rows
+    waits = [together(*[partial(wait, alone, polls)] * 50) for polls in (False, True)]
+    own, loop = ([sum(share for share, _ in each)] for each in waits)
+    yield "idle: 50 processes -> 2.5 %", {OURS: own, LOOP: loop}
 
 
-def looking(place: Path, seconds: float, share: float) -> Iterator[Row]:
-    """One of many. To reach: push at maxsize=20,000 3 x; status and cancel 1 ms; counts 1 MB"""
-    size, due_us = int(20_000 * share), time.time_ns() // 1_000 + HOUR_US
-    who = {"one place free": ours(place / "full", maxsize=size), "no limit": ours(place / "free")}
-    for push, _, _ in who.values():
-        fill(push, size - 2)
-    yield next(compare(who, seconds, count=1))
-    both = queue(place / "many"), queue(place / "few")
-    for state, size in (("scheduled", 16_000), ("pending", 100_000)):
-        calls = []
-        for q, count in zip(both, (max(210, int(size * share)), 210), strict=True):
-            add: Any = {"scheduled": partial(q.schedule, time_us=due_us), "pending": q.push}[state]
-            ids = [add(PAYLOAD) for _ in range(count)]
-            some = iter(ids[:: count // 210])
-            calls.append([partial(next, map(call, some)) for call in (q.status, q.cancel)])
-        for name, many, few in zip(("status", "cancel"), *calls, strict=True):
-            yield beside(f"{name}(id), {state}", many, "few", few, 100)
-    tasks(ours(place / "done"), int(200_000 * share))
-    counts, scan = queue(place / "done").counts, lambda: sum(1 for _ in os.scandir(place / "done/done"))
-    yield beside("counts(), 200,000 done", counts, "os.scandir", scan, 5)
-    yield Row("memory of it", [memory(counts)], "os.scandir", [memory(scan)], "B")
-
-
-def rest(place: Path, seconds: float, share: float) -> Iterator[Row]:
-    """1 GiB through push_file and task.path, and starting. To reach: 32 MB; 5 ms more"""
-    source, mine = place / "source", queue(place / "ours", keep_done=False)
+def rest(place: Path, share: float) -> Rows:
+    """A full queue, a large payload, starting"""
+    size, source = int(20_000 * share), place / "source"
+    full, free = (queue(place / str(most), size - 1, maxsize=most) for most in (size, 0))
+    who: dict[str, Any] = {OURS: (through, full), "no limit": (through, free)}
+    yield next(by_turns(partial(load, 1), who, 1, "push, 1 place free of 20,000 -> 3 x"))
+    q = queue(place / "large", keep_done=False)
     source.touch()
     os.truncate(source, int(2**30 * share))
 
-    def through() -> None:
-        mine.push_file(source)
-        if task := mine.pop():
+    def large() -> None:
+        q.push_file(source)
+        if task := q.pop():
             shutil.copyfile(task.path, os.devnull)
-            mine.done(task)
+            q.done(task)
 
-    def copy() -> None:
-        shutil.copyfile(source, place / "copy")
-        shutil.copyfile(place / "copy", os.devnull)
-
-    yield beside("push_file, pop, read, done", through, "copyfile, read", copy, 3)
-    yield Row("memory of it", [memory(through)], "copyfile, read", [memory(copy)], "B")
-    empty = f"import sys; sys.path.insert(0, {os.path.dirname(femtoqueue.__file__)!r})"
-    run = [
-        partial(subprocess.run, [sys.executable, "-Ic", empty + s]) for s in ("; import femtoqueue", "")
-    ]
-    yield beside("Python that imports femtoqueue", run[0], "an empty one", run[1], 20)
+    who = {OURS: (large,), "copy": (shutil.copyfile, source, place / "copy")}
+    yield from by_turns(memory, who, 0, "memory of 1 GiB by push_file, path -> 32 MB", least=2)
+    code = f"import sys; sys.path.insert(0, {os.path.dirname(femtoqueue.__file__)!r})"
+    start, without = ([sys.executable, "-Ic", code + more] for more in ("; import femtoqueue", ""))
+    who = {OURS: (subprocess.run, start), "without": (subprocess.run, without)}
+    yield from by_turns(timed, who, 2, "Python with import femtoqueue -> 5 ms more")
 
 
-def peers(place: Path, seconds: float, share: float, durable: bool = False) -> Iterator[Row]:
-    """Push + pop + done, surviving killed processes"""
-    who = {FLOOR: floor(place / "floor", durable)}
-    if not durable:
-        who[PLAIN] = plain(place / "plain")
-    for name in PEERS:
-        (place / name).mkdir()
-        try:
-            version = "0.4.2" if name == "original" else metadata.version(name)
-            label = f"{name} {version}{', forgets in pop' if name in FORGETFUL else ''}"
-            who[label] = peer(name, str(place / name), durable)
-        except ImportError as error:
-            print(f"  {name}: left out ({error})")
-    who[OURS] = ours(place / "ours", sync_after_write=durable)
-    return compare(who, 3 * seconds, 20 if durable else 200, "")
-
-
-def durable_peers(place: Path, seconds: float, share: float) -> Iterator[Row]:
-    """Push + pop + done, surviving power cuts"""
-    return peers(place, seconds, share, durable=True)
-
-
-MAIN, FULL = (one, workers, durable, waiting), (backlog, scheduled, processes, looking, rest)
-BESIDE = peers, durable_peers
-
-
-def filesystem(place: Path) -> str:
-    df = ["df", "--output=source,fstype", str(place)]
-    words = subprocess.run(df, check=False, capture_output=True, text=True).stdout.split()
-    device, kind = words[-2:] or ("", "unknown filesystem")
-    if kind == "ext4" and not list(Path("/proc/fs/jbd2").glob(f"{os.path.basename(device)}-*")):
-        kind += " without a journal (slow at creating files for minutes after many were deleted)"
-    return kind
+def text(what: str, samples: Sequence[float]) -> str:
+    value, units = median(samples), [(1.0, "s"), (1e-3, "ms"), (1e-6, "us")]
+    if what.startswith(("memory", "idle")):
+        units = [(1e6, "MB"), (1e3, "kB")] if what.startswith("memory") else [(0.01, "% of a core")]
+    scale, unit = next((each for each in units if value >= each[0]), units[-1])
+    return f"{value / scale:,.{0 if value >= 100 * scale else 2}f} {unit}"
 
 
 def show(row: Row) -> None:
-    ratio = median(a / b for a, b in zip(row.samples, row.base, strict=True))
-    texts = []
-    for value in (median(row.samples), median(row.base)):
-        scales = UNITS.get(row.unit, [(0.01, "% of a core")])
-        scale, unit = next((each for each in scales if value >= each[0]), scales[-1])
-        texts.append(f"{value / scale:,.{0 if value >= 100 * scale else 2}f} {unit}")
-    print(f"  {row.what:35} {texts[0]:>16} {ratio:9.2f} x {row.than} ({texts[1]})", flush=True)
+    what, _, bound = row[0].partition(" -> ")
+    (_, samples), *others = row[1].items()
+    start, end = f"  {what:36}{text(what, samples):>16}", f"; to reach: {bound}" if bound else ""
+    for name, base in others:
+        ratio = median(map(truediv, samples, base))
+        print(f"{start:54}{ratio:8.2f} x {name} ({text(what, base)}){end}", flush=True)
+        start = end = ""
 
 
-def draw(report: dict[str, list[Row]], about: str, path: Path) -> None:
-    """Tasks per second beside the peers, and what waiting costs."""
-    panels = []  # title, unit, bars
-    for title, rows in sorted(report.items()):
-        if title.startswith("Push"):
-            times = {row.what: median(row.samples) for row in rows} | {OURS: median(rows[0].base)}
-            panels.append((title, "tasks/s", {name: 1 / time for name, time in times.items()}))
-        elif title.startswith("Waiting"):
-            for row, unit, scale in zip(rows, ("% of a core", "ms"), (100, 1_000), strict=True):
-                bars = {row.than: median(row.base) * scale, OURS: median(row.samples) * scale}
-                panels.append((f"Waiting, {row.what}", unit, bars))
+def draw(rows: list[Row], about: str, path: Path) -> None:
+    """The best first, ours in blue, no queue in yellow. On white and on black one can read it."""
     pyplot = import_module("matplotlib.pyplot")
     pyplot.switch_backend("Agg")
-    heights = [len(bars) + 1.5 for _, _, bars in panels]
-    figure = pyplot.figure(figsize=(8, 0.3 * sum(heights)), layout="constrained")
-    axes = figure.subplots(len(panels), squeeze=False, height_ratios=heights)[:, 0]
-    for axis, (title, unit, bars) in zip(axes, panels, strict=True):
-        colors = ["#2a6f97" if name == OURS else "#b4bec6" for name in bars]
-        drawn = axis.barh(list(bars), list(bars.values()), color=colors)
-        axis.bar_label(drawn, [f" {bar:,.{0 if bar >= 100 else 2}f} {unit}" for bar in bars.values()])
-        axis.set_title(title, loc="left", fontsize=10, fontweight="bold")
-        axis.set(xticks=[], xlim=(0, 1.3 * max(bars.values())))
-        axis.spines[["top", "right", "bottom"]].set_visible(False)
-    figure.supxlabel(about, fontsize=8)
-    figure.savefig(path, dpi=150)
+    pyplot.rcParams.update(dict.fromkeys(("text.color", "ytick.color"), "#7d8590"))
+    rows = [row for kind in ("surv", "idle w", "wake") for row in rows if row[0].startswith(kind)]
+    sizes = [len(samples) for _, samples in rows]
+    figure = pyplot.figure(figsize=(8, sum(sizes) / 4 + len(sizes) / 2), layout="constrained")
+    axes = figure.subplots(len(rows), squeeze=False, height_ratios=sizes)[:, 0]
+    for axis, (what, samples) in zip(axes, rows, strict=True):
+        bars = {
+            name: median(samples[name]) for name in sorted(samples, key=lambda n: -median(samples[n]))
+        }
+        labels = [text(what, [value]) for value in bars.values()]
+        title = f"Waiting: {what.partition(' -> ')[0]} (less is better)"
+        if what.startswith("surviving"):
+            title, bars = f"Tasks a second, {what}", {name: 1 / bars[name] for name in bars}
+            labels = [f"{value:,.0f}" for value in bars.values()]
+        colors = {OURS: "#2f81f7", FLOOR: "#d4a72c", DURABLE: "#d4a72c", PLAIN: "#d4a72c"}
+        drawn = axis.barh(
+            [*bars], [*bars.values()], color=[colors.get(name, "#a5adb6") for name in bars]
+        )
+        axis.bar_label(drawn, labels, padding=5)
+        axis.set_title(title, loc="left", fontsize=11, fontweight="bold")
+        axis.set(xticks=[], xlim=(0, 1.25 * max(bars.values())), ylim=(-0.5, len(bars) - 0.4))
+        axis.tick_params(length=0)
+        axis.spines[:].set_visible(False)
+    figure.supxlabel(f"{about}\n* loses a task if its worker is killed", fontsize=8)
+    figure.savefig(path, dpi=150, transparent=True, bbox_inches="tight", pad_inches=0.15)
 
 
 def main() -> None:
-    about, _, usage = (__doc__ or "").partition("\n\n")
-    every = {part.__name__: part for part in (*MAIN, *FULL, *BESIDE)}
     style = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=about, epilog=usage, formatter_class=style)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=style)
     add = parser.add_argument
-    add("--dir", type=Path, default=Path(tempfile.gettempdir()), help="where to measure (%(default)s)")
+    add("--dir", default=tempfile.gettempdir(), help="where to measure (%(default)s)")
     add("--full", type=float, nargs="?", const=1.0, metavar="SHARE", help="what must not grow")
     add("--peers", action="store_true", help="other queues that are installed")
     add("--picture", type=Path, metavar="FILE", help="draw peers and waiting; needs matplotlib")
-    add("--only", nargs="+", choices=every, metavar="NAME", help="some parts only")
     options = parser.parse_args()
-    parts = [*MAIN, *FULL[: None if options.full else 0]]
-    parts += BESIDE if options.peers or options.picture else ()
-    if options.only:
-        parts = [every[name] for name in options.only]
-    seconds, report = 1.5 if parts == [*MAIN] else 5.0, dict[str, list[Row]]()
-    about = f"{filesystem(options.dir)} at {options.dir}, Python {platform.python_version()}"
-    print(f"femtoqueue {femtoqueue.__version__}, {about}, {os.cpu_count()} cores, 100-byte payloads")
+    parts = [one, workers, durable, waiting] if hasattr(os, "fork") else [one]
+    parts += [grown, crowd, rest] if options.full else []
+    parts += [peers] if options.peers or options.picture else []
+    kind = subprocess.getoutput(f"df --output=fstype '{options.dir}' 2>{os.devnull}").split()[-1:]
+    if kind == ["ext4"] and not list(Path("/proc/fs/jbd2").glob("*")):
+        kind += ["without a journal (slow for minutes after many files were deleted)"]
+    about = f"{' '.join(kind)}, Python {sys.version.split()[0]}, {os.cpu_count()} cores"
+    print(f"femtoqueue {femtoqueue.__version__}, {options.dir}: {about}, 100-byte payloads")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # and so remove everything
-    try:
-        with tempfile.TemporaryDirectory(prefix="femtoqueue-benchmark-", dir=options.dir) as directory:
-            for part in parts:
-                title, place = str(part.__doc__), Path(directory, part.__name__)
-                print(f"\n{title} [{part.__name__}]", flush=True)
-                place.mkdir()
-                rows = report[title] = []
-                try:
-                    for row in part(place, seconds, options.full or 1.0):
-                        rows.append(row)
-                        show(row)
-                except (AttributeError, TypeError) as error:
-                    print(f"  not with this femtoqueue: {error}")
-                shutil.rmtree(place)
-    except OSError as error:
-        raise SystemExit(f"{error}; --dir names another place") from error
+    rows = []
+    with tempfile.TemporaryDirectory(prefix="femtoqueue-benchmark-", dir=options.dir) as directory:
+        for part in parts:
+            print(f"\n{part.__doc__}", flush=True)
+            place = Path(directory, part.__name__)
+            place.mkdir()
+            for row in part(place, options.full or 1.0):
+                rows.append(row)
+                show(row)
+            shutil.rmtree(place)
     if options.picture:
-        draw(report, about, options.picture)
+        draw(rows, about, options.picture)
 
 
 if __name__ == "__main__":
