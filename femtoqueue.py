@@ -141,7 +141,8 @@ class FemtoTask:
     _verdict = ""  # the state that the claim was moved to
     _finished = False  # and that is on disk, if it was asked for
     _was_taken = False
-    _deadline_us = _MAX_US  # when its lease ends, by the queue clock
+    _since_us = 0  # when it was claimed, and when its lease ends, by the queue clock
+    _deadline_us = _MAX_US
     _clock: _Clock | None = None
 
     def __init__(self, id: str, data: bytes | None, attempt: int = 1, path: str = "") -> None:
@@ -220,7 +221,8 @@ class FemtoQueue:
             raise ValueError(f"data_dir: {root!r} is no path; name a directory")
         _check_node_id(node_id)
         _check("timeout_stale_ms", timeout_stale_ms, "a number of milliseconds", 1e-3, 1e12)
-        _check("max_attempts", 1 if max_attempts is None else max_attempts, "an int, or None", 1)
+        attempts = _MAX_ATTEMPT if max_attempts is None else max_attempts
+        _check("max_attempts", attempts, "an int, or None", 1, _MAX_ATTEMPT)
         _check("maxsize", maxsize, "an int", 0)
         for name, flag in (("sync_after_write", sync_after_write), ("keep_done", keep_done)):
             _check(name, flag, "True or False")
@@ -549,7 +551,8 @@ class _Producer:
         The answer to the rename was lost on a network, and another machine has the task, or has even
         finished it. Where no other machine takes part, a task that is nowhere was deleted.
         """
-        if next(self._looking.find(id, STATES), None) is None and not self._looking.has_hosts():
+        self._place.look_for_others()
+        if next(self._looking.find(id, STATES), None) is None and not self._place.has_hosts:
             raise _not_found(draft)
 
     def add_together(self, items: Iterable[bytes]) -> list[str]:
@@ -720,7 +723,7 @@ class _Buckets:
     def publish(self, source: str, time_us: int, name: str) -> bool:
         """Put a file there for good; if that fails, it is where it was, unless a worker has it."""
         bucket = self.put(source, time_us, name)
-        if self._place.durable:
+        if bucket and self._place.durable:
             try:
                 self._place.sync()
             except BaseException:
@@ -812,7 +815,7 @@ class _Consumer:
         self._pending = pending
         self._listing: _Listing | None = None
         self._undelivered: dict[str, str] = {}  # claims that may exist though `pop` did not return them
-        self._contended = 0  # for so many claims more: not long ago, another worker was quicker
+        self._misses = 0  # rises when another worker was quicker, falls with each claim
 
     def look(self) -> FemtoTask | None:
         """Claim the oldest task, or None. What was set aside is tried again at last, or raised."""
@@ -888,6 +891,7 @@ class _Consumer:
                     if again:
                         place.set_aside(f"{directory}/{name}", error)
             tried[name] = tried.get(name, 0) + 1
+            now_us = place.clock.stamp()  # it may have taken long, and a lease begins with its claim
         return None
 
     def _is_everywhere(self, error: OSError) -> bool:
@@ -922,10 +926,11 @@ class _Consumer:
             # Before anybody syncs our own directory: the old side first, see _Changes.
             if place.durable:
                 place.note_old(directory)
-            if self._contended:
-                self._contended -= 1
+            if self._misses:
+                self._misses -= 1
             task = FemtoTask(id, None, used + 1, path)
-            task._bucket, task._clock, task._deadline_us = directory, place.clock, deadline_us
+            task._bucket, task._clock = directory, place.clock
+            task._since_us, task._deadline_us = now_us, deadline_us
             return task if self._read(task, mine) else None
         except BaseException as error:
             self._listing = None
@@ -961,14 +966,14 @@ class _Consumer:
         return done > 0
 
     def _note_miss(self, path: str, listing: _Listing) -> None:
-        """Another worker was quicker. It happens again if all try the same oldest one: share then."""
-        is_first, self._contended = not self._contended, 16
-        if is_first:
-            return  # one stale name is no contention yet
-        if self._place.has_company:
-            listing.share(zlib.crc32(path.encode()) % 8)
-        else:
-            self._keeper.hurry()  # is there somebody?
+        """Another worker was quicker: skip names if that may well happen again, for all try the same
+        oldest one."""
+        place, self._misses = self._place, min(self._misses + 1, 4)
+        if self._misses > 1:  # one stale name is no contention yet
+            if not place.has_company:
+                place.look_for_others()
+            if place.has_company:
+                listing.skip(1 + zlib.crc32(path.encode()) % 4 ** (self._misses - 1))
 
     def _has_finished_twin(self, descriptor: int, id: str) -> bool:
         """Does a claimed file lie in done/ or failed/ as well?
@@ -1043,8 +1048,8 @@ def _wait_for_task(
         if not waiting.watch(path for parts in queues for path in parts.consumer.directories()):
             left_us = min([end_us - _since_boot_us(), *(parts.keeper.sleep_us() for parts in queues)])
             waiting.wait(left_us / 1e6)
-            if is_over():
-                return None  # it may be closed by now
+        if is_over():
+            return None  # it may be closed by now
 
 
 class _Listing:
@@ -1082,11 +1087,13 @@ class _Listing:
         """Name and directory of the next one; None behind the last. Any thread may ask."""
         while True:
             try:
+                if not self._ready:
+                    with self._lock:
+                        if not (self._ready or self._open_more()):
+                            return None
                 return self._ready.pop()
             except IndexError:
-                with self._lock:
-                    if not (self._ready or self._open_more()):
-                        return None
+                pass  # another thread, or a signal handler that pops, came in between
 
     def _open_more(self) -> bool:
         """Open buckets until the oldest names in hand are ready; False if nothing is left."""
@@ -1103,8 +1110,8 @@ class _Listing:
         while cut and _order(self._hand[cut - 1][0]) < end:
             cut -= 1
         self._hand, ready = self._hand[:cut], self._hand[cut:]
-        self._ready = ready + self._ready  # a signal handler that pops may have come in between
-        return bool(ready)
+        self._ready += ready
+        return bool(self._ready)
 
     def _take_up(self, names: Iterable[str], directory: str) -> None:
         """Add the tasks of a directory to those in hand."""
@@ -1119,15 +1126,10 @@ class _Listing:
         if was:
             self._hand = sorted(self._hand + was, key=lambda task: _order(task[0]), reverse=True)
 
-    def share(self, part: int) -> None:
-        """Leave all but an eighth of the next 64 names to others, and to the next listing.
-
-        The eighth is told by a name's last character: a digit of the checksum, mostly.
-        """
-        block = self._ready[-64:]
-        own = [task for task in block if ord(task[0][-1]) % 8 == part]
-        self._ready[-64:] = own
-        self.skipped |= len(own) < len(block)
+    def skip(self, count: int) -> None:
+        """Leave so many names to the next listing."""
+        self.skipped = True
+        del self._ready[-count:]
 
 
 # --- verdicts: what becomes of a claimed task? --------------------------------------------------------
@@ -1241,10 +1243,8 @@ class _Claims:
 
 def _renew(place: _Place, task: FemtoTask, path: str) -> bool:
     """Give a claim a new full lease; False if it is not there any more."""
-    now_us, claim = place.clock.stamp(), _parse(os.path.basename(path))
-    deadline_us, since_us = now_us + place.lease_us, now_us
-    if claim:
-        since_us = claim[3] or claim[2] - place.lease_us
+    now_us = place.clock.stamp()
+    deadline_us, since_us = now_us + place.lease_us, task._since_us or now_us
     target = f"{os.path.dirname(path)}/{_format(task.id, task.attempt, deadline_us, since_us)}"
     if not _rename(path, target):
         return False
@@ -1340,16 +1340,14 @@ class _Keeper:
         """The claims of owners that are gone, and those whose lease ran out."""
         place = self._place
         found: list[_Return] = []
-        has_company = has_hosts = False
+        place.look_for_others()
         for entry in place.entries(place.path["in_progress"]):
             owner = _parse_owner(entry.name)
             if owner is None or not entry.is_dir(follow_symlinks=False):
                 continue
             other_place = owner[3] != _identity().place
-            has_hosts |= other_place
             names = place.names(entry.path)
             alive = _is_alive(owner)
-            has_company |= alive is not False and entry.path != place.owner.directory
             for deadline_us, id, used, path in self._tasks(entry.path, names):
                 if deadline_us < now_us or alive is False or path in self._free:
                     found.append((_time_of(id), id, used, path))
@@ -1364,7 +1362,6 @@ class _Keeper:
                 place.owner.rest()
             elif not names and (alive is False or entry.path in self._free):
                 _try(os.rmdir, entry.path)
-        place.has_company, place.has_hosts = has_company, has_hosts
         return found
 
     def note_own_elsewhere(self) -> None:
@@ -1733,13 +1730,14 @@ class _Looking:
         A change within the same tick of the filesystem's clock would not show: so what was changed
         just now is not trusted, and nothing is where other machines take part.
         """
-        total, counted, has_hosts = 0, {}, self.has_hosts()
+        self._place.look_for_others()
+        total, counted = 0, {}
         for directory in self._directories(("pending",)):
             now_ns, info = time.time_ns(), _lstat(directory)
             changed_ns = info.st_mtime_ns if info else 0
             known = self._counted.get(directory)
-            if known is None or known[0] != changed_ns or has_hosts:
-                known = changed_ns, sum(1 for name in self._readable(directory) if _parse(name))
+            if known is None or known[0] != changed_ns or self._place.has_hosts:
+                known = changed_ns, len({name for name in self._readable(directory) if _parse(name)})
             total += known[1]
             if abs(now_ns - changed_ns) > 50_000_000:
                 counted[directory] = known
@@ -1807,11 +1805,6 @@ class _Looking:
         """Why a task failed."""
         found = list(self._find_quickly(id, ("failed",))) if self._is_harmless(id) else ()
         return _read_text(found[0][1] + _REASON) if found else None
-
-    def has_hosts(self) -> bool:
-        """Do other machines or containers take part?"""
-        owners = (_parse_owner(os.path.basename(path)) for path in self._place.inner("in_progress"))
-        return any(owner and owner[3] != _identity().place for owner in owners)
 
     def cancel(self, id: str) -> bool:
         """Delete a waiting task."""
@@ -1916,15 +1909,16 @@ class _Waiting:
         # ONLYDIR, CREATE, MOVED_TO, and DELETE, MOVED_FROM or else ONESHOT: a worker that is busy
         # again must cost those nothing who push.
         mask = 0x1000180 | (0x240 if departures else 0x80000000)
-        new = [path for path in directories if path not in self._watched]
-        for path in new:
-            self._watched[path] = 0.0 if self._inotify >= 0 else _modified(path)
-            if self._inotify >= 0:
-                added = self._libc.inotify_add_watch(self._inotify, os.fsencode(path), mask)
-                if added < 0 and os.path.isdir(path):  # no more watches are to be had
-                    paths = list(self._watched)
-                    self.close()
-                    return self.watch((*paths, *new))
+        paths = list(directories)
+        new = [path for path in paths if path not in self._watched]
+        for path in new if self._inotify >= 0 else ():
+            self._watched[path] = 0.0
+            added = self._libc.inotify_add_watch(self._inotify, os.fsencode(path), mask)
+            if added < 0 and os.path.isdir(path):
+                self.close()  # no more watches are to be had
+        if self._inotify < 0:
+            was = self._watched
+            self._watched = {path: was.get(path) or _settled(path) for path in paths}
         return bool(new)
 
     def wait(self, seconds: float) -> None:
@@ -1940,18 +1934,16 @@ class _Waiting:
                 if self.changes():
                     break
         with self._lock:  # forget what woke this: who waits asks then if all is over
-            if sys.platform == "linux" and self._rung and self._bell >= 0:
+            rung, self._rung = self._rung, False
+            if sys.platform == "linux" and rung and self._bell >= 0:
                 _try(os.eventfd_read, self._bell)
-            self._rung = False
 
     def changes(self) -> set[str]:
         """The names that came or went since this was asked before; "" for one that cannot be told."""
         if self._inotify < 0:
-            # What changed within the tick of the filesystem's clock may have changed again.
-            before, new_s = self._watched, time.time() - 0.02
-            self._watched = {path: _modified(path) for path in before}
-            times = self._watched.items()
-            return {"" for path, now in times if before[path] > new_s or before[path] != now}
+            before = self._watched
+            self._watched = {path: _settled(path) for path in before}
+            return {"" for path, changed_s in self._watched.items() if changed_s != before[path]}
         names: set[str] = set()
         try:
             while events := os.read(self._inotify, _SMALL):
@@ -1987,13 +1979,16 @@ class _Waiting:
         if inotify >= 0 and (in_place or not _closing.acquire(False)):
             os.close(inotify)
         elif inotify >= 0:
+            import threading
 
             def close() -> None:
-                os.close(inotify)
-                _closing.release()
+                try:
+                    os.close(inotify)
+                finally:
+                    _closing.release()
 
             try:
-                _thread.start_new_thread(close, ())
+                threading.Thread(target=close).start()
             except RuntimeError:  # no more threads are to be had
                 close()
 
@@ -2023,8 +2018,8 @@ class _Place:
         self.troubles: dict[str, tuple[int | None, str | None, object]] = {}
         self.last_trouble: tuple[int | None, str | None, object] = (None, None, None)
         self.passed_over = 0  # how often something was, or is still, set aside
-        self.has_company = False  # other live owners claim tasks, so far as the last look told
-        self.has_hosts = False  # other machines or containers do
+        self.has_company = False  # others claim tasks, and may be alive; as of the last look
+        self.has_hosts = False  # so do other machines or containers
         self.returns = 0  # how many tasks it made pending, perhaps before what is listed already
         self._told: set[str] = set()
         self._gift: tuple[int, int] | None = None  # owner and group of the directory, once root asked
@@ -2230,6 +2225,13 @@ class _Place:
         """The names of the regular files in it. Some filesystems list a name twice."""
         return [entry.name for entry in self.entries(directory) if entry.is_file(follow_symlinks=False)]
 
+    def look_for_others(self) -> None:
+        """Note who else claims tasks: other objects, and other machines or containers among them."""
+        names = (os.path.basename(path) for path in self.inner("in_progress"))
+        others = [_parse_owner(name) for name in names if name != self.owner.name]
+        self.has_company = any(owner and _is_alive(owner) is not False for owner in others)
+        self.has_hosts = any(owner and owner[3] != _identity().place for owner in others)
+
     def set_aside(self, path: str, error: OSError) -> None:
         """Note what cannot be had, for a minute, and log it once in that time."""
         # Not the error itself: its traceback's frames would keep the queue alive.
@@ -2415,16 +2417,14 @@ def _wall_us() -> int:
     return int(time.time() * 1_000_000)
 
 
-# Not time.monotonic: it stands still while the machine sleeps, and tools that freeze time patch it.
-_BOOT_CLOCK = getattr(time, "CLOCK_BOOTTIME", getattr(time, "CLOCK_MONOTONIC", 0))
-
-
 if sys.platform == "win32":
 
     def _since_boot_us() -> int:
         return int(time.monotonic() * 1_000_000)
 
 else:
+    # Not time.monotonic: it stands still while the machine sleeps, and tools that freeze time patch it.
+    _BOOT_CLOCK = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)
 
     def _since_boot_us() -> int:
         """Since the machine was booted, asleep or not, as far as the system tells."""
@@ -2465,7 +2465,6 @@ class _Owner:
         self._is_ready = False  # the directory was made, and if that was asked for, for good
         self.claims = 0
         self._claims_seen = 0  # when `rest` was called last
-        self._ends = place.ends
         _living.add(self.name)
 
     def claim(self, source: str, path: str) -> bool:
@@ -2480,7 +2479,7 @@ class _Owner:
             if not _rename(source, path):
                 return False
         self.claims += 1
-        if self._ends:  # close() gives back what it sees, and this may have come after it
+        if self._place.ends:  # close() gives back what it sees, and this may have come after it
             self.check_open()
         return True
 
@@ -2494,12 +2493,12 @@ class _Owner:
 
     def check_open(self) -> None:
         """Raise FemtoQueueError once this is closed."""
-        if "closed" in self._ends:
+        if "closed" in self._place.ends:
             raise FemtoQueueError("this queue object is closed; make a new one")
 
     def close(self) -> None:
         """From now on it is judged dead."""
-        self._ends.add("closed")
+        self._place.ends.add("closed")
         self.depart()
 
     def depart(self) -> None:
@@ -2873,6 +2872,12 @@ def _modified(directory: str) -> float:
         return os.stat(directory).st_mtime
     except OSError:
         return 0.0
+
+
+def _settled(directory: str) -> float:
+    """When it was changed; if just now, what equals nothing: within a tick, it may change again."""
+    changed_s = _modified(directory)
+    return changed_s if abs(time.time() - changed_s) > 0.02 else float("nan")
 
 
 def _make_directories(path: str) -> list[str]:
