@@ -1739,7 +1739,8 @@ class _Looking:
             if known is None or known[0] != changed_ns or self._place.has_hosts:
                 known = changed_ns, len({name for name in self._readable(directory) if _parse(name)})
             total += known[1]
-            if abs(now_ns - changed_ns) > 50_000_000:
+            # On vfat and exfat, times move in steps of up to 2 s, and end in zeros.
+            if abs(now_ns - changed_ns) > (50_000_000 if changed_ns % 1_000_000_000 else 2_050_000_000):
                 counted[directory] = known
         self._counted = counted
         return total
@@ -2084,7 +2085,7 @@ class _Place:
                 _try(_sync_directory, above)
             self.sync()
             self.write(draft, (text.encode(),), shared=True)
-            _rename(draft, self.layout)
+            _name_once(draft, self.layout)
         except OSError as error:
             if not found or error.errno not in (*_FULL, errno.EACCES, errno.EPERM, errno.EEXIST):
                 raise
@@ -2378,14 +2379,10 @@ class _Clock:
         draft = place.owner.draft + "%016d" % _wall_us()
         try:
             place.write(draft, (f"{offset_us}\n".encode(),), shared=True)
-            try:
-                os.link(draft, self.path)  # whole at once like a rename, but the first one wins
-            except OSError:
-                first_us = _read_offset(self.path)
-                if first_us is not None:
-                    return first_us
-                _rename(draft, self.path)  # over a broken one, or on a filesystem without hard links
-                offset_us = _read_offset(self.path) or offset_us
+            _name_once(draft, self.path)
+            if _read_offset(self.path) is None:
+                _rename(draft, self.path)  # over a broken one
+            offset_us = _read_offset(self.path) or offset_us
             place.sync(place.root)
         finally:
             _try(_unlink, draft)
@@ -2810,6 +2807,18 @@ def _rename(source: str, target: str, patience: int = 20 if os.name == "nt" else
         return False
     time.sleep(0.01)  # on Windows, a virus scanner has it open for a moment
     return _rename(source, target, patience - 1)
+
+
+def _name_once(draft: str, path: str) -> None:
+    """Give a file its name, whole at once like a rename; but the first one wins, and is not replaced.
+
+    Another host may be reading it, and would get ESTALE. Without hard links, the last one wins.
+    """
+    try:
+        os.link(draft, path)
+    except OSError:
+        if not os.path.lexists(path):
+            _rename(draft, path)
 
 
 def _unlink(path: str) -> bool:
