@@ -2019,8 +2019,8 @@ class _Place:
         self.troubles: dict[str, tuple[int | None, str | None, object]] = {}
         self.last_trouble: tuple[int | None, str | None, object] = (None, None, None)
         self.passed_over = 0  # how often something was, or is still, set aside
-        self.has_company = False  # others claim tasks, and may be alive; as of the last look
-        self.has_hosts = False  # so do other machines or containers
+        self.has_company = False  # other processes claim tasks, as far as the last look told
+        self.has_hosts = False  # other machines or containers do
         self.returns = 0  # how many tasks it made pending, perhaps before what is listed already
         self._told: set[str] = set()
         self._gift: tuple[int, int] | None = None  # owner and group of the directory, once root asked
@@ -2227,11 +2227,13 @@ class _Place:
         return [entry.name for entry in self.entries(directory) if entry.is_file(follow_symlinks=False)]
 
     def look_for_others(self) -> None:
-        """Note who else claims tasks: other objects, and other machines or containers among them."""
-        names = (os.path.basename(path) for path in self.inner("in_progress"))
-        others = [_parse_owner(name) for name in names if name != self.owner.name]
-        self.has_company = any(owner and _is_alive(owner) is not False for owner in others)
-        self.has_hosts = any(owner and owner[3] != _identity().place for owner in others)
+        """Note who else claims tasks: other processes, and other machines or containers among them."""
+        me = _identity()
+        owners = (_parse_owner(os.path.basename(path)) for path in self.inner("in_progress"))
+        process = (me.pid, me.start, me.place)
+        others = [owner for owner in owners if owner and owner[1:4] != process]
+        self.has_company = any(_is_alive(owner) is not False for owner in others)
+        self.has_hosts = any(owner[3] != me.place for owner in others)
 
     def set_aside(self, path: str, error: OSError) -> None:
         """Note what cannot be had, for a minute, and log it once in that time."""
