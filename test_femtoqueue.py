@@ -26,11 +26,9 @@ import inspect
 import itertools
 import json
 import logging
-import multiprocessing
 import os
 import pickle
 import platform
-import queue as queues
 import random
 import re
 import select
@@ -40,7 +38,6 @@ import signal
 import stat
 import subprocess
 import sys
-import sysconfig
 import tarfile
 import tempfile
 import threading
@@ -54,10 +51,9 @@ import weakref
 import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from queue import Full
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, example, given, settings
@@ -78,6 +74,7 @@ DEAD_OWNER = "host~4194305~1~elsewhere~0"
 SHM = Path("/dev/shm")
 LONG_MS = 10**12  # a lease that never runs out: what comes back is judged dead
 HOUR_US = 3_600_000_000
+LATER_US = 4_000_000_000_000_000  # the year 2096
 durable_or_not = pytest.mark.parametrize("durable", [False, True], ids=["fast", "durable"])
 
 
@@ -109,6 +106,11 @@ class Time:
         """Somebody set the wall clock."""
         self.wall += seconds
 
+    def set_to_real(self) -> None:
+        """Be where the clocks of the real processes are."""
+        self.wall = REAL_CLOCK(time.CLOCK_REALTIME)
+        self.boot = REAL_CLOCK(time.CLOCK_BOOTTIME)
+
     def read(self, clock: int) -> float:
         """`time.clock_gettime`"""
         if clock == time.CLOCK_REALTIME:
@@ -127,16 +129,10 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Time:
     return fake
 
 
-def set_to_real_time(clock: Time) -> None:
-    """Bring the `clock` to where the clocks of the real processes are."""
-    clock.wall = REAL_CLOCK(time.CLOCK_REALTIME)
-    clock.boot = REAL_CLOCK(time.CLOCK_BOOTTIME)
-
-
 @pytest.fixture
 def now(clock: Time) -> Time:
     """The `clock`, set to the real time, so that a queue can be shared with real processes."""
-    set_to_real_time(clock)
+    clock.set_to_real()
     return clock
 
 
@@ -260,15 +256,11 @@ def where(directory: Path, state: str) -> str:
 
 Process = subprocess.Popen[str]
 Spawn = Callable[..., Process]
+Patch = pytest.MonkeyPatch
 
 
-def start(
-    code: str, *arguments: object, under: Iterable[str] = (), **options: Any
-) -> subprocess.Popen[str]:
-    """Start a real Python process that runs `code`, with femtoqueue imported; sys.argv[1:] = arguments.
-
-    `under`: another command, by way of which it is started.
-    """
+def start(code: str, *arguments: object, under: Iterable[str] = (), **options: Any) -> Process:
+    """Start a real Python process, `under` another command, that has imported femtoqueue, and runs `code`."""
     pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
     command = [*under, sys.executable, "-c", PRELUDE + code, *map(str, arguments)]
     return subprocess.Popen(command, **pipes | options)
@@ -284,27 +276,23 @@ def run(code: str, *arguments: object, under: Iterable[str] = ()) -> str:
 
 def say(process: Process, line: str = "") -> None:
     """Write a line to a process: to what it evaluates, or to let it go on that waits in input()."""
-    assert process.stdin
     process.stdin.write(line + "\n")
     process.stdin.flush()
 
 
 def expect(process: Process, line: str) -> None:
     """Wait for the next line that the process prints, which must be this one."""
-    assert process.stdout
     assert process.stdout.readline().rstrip("\n") == line
 
 
 def tell(process: Process, expression: str) -> str:
-    """Have a process that `claimed_by` started evaluate this; return what it prints."""
+    """Have a process that `serve` started evaluate this; return what it prints."""
     say(process, expression)
-    assert process.stdout
     return process.stdout.readline().strip()
 
 
 def ending(process: Process) -> tuple[str, int]:
     """What else the process prints, errors behind the rest, and its exit status."""
-    assert process.stdin and process.stdout and process.stderr
     process.stdin.close()
     # Not communicate(): that loses what readline() has read ahead.
     return process.stdout.read() + process.stderr.read(), process.wait()
@@ -398,9 +386,7 @@ NEW_PIDS = ["unshare", "-pf", "--kill-child", "--mount-proc"]
 NEW_PIDS_OLD_PROC = ["unshare", "-pf", "--kill-child"]
 NEW_TIME = ["unshare", "-T", "-f", "--kill-child", "--monotonic", "100000"]
 needs_pid_namespace = needs(*NEW_PIDS, "true")
-needs_time_namespace = needs(*NEW_TIME, "true")
 needs_mounts = needs("unshare", "-m", "mount", "--bind", "/dev/null", "/proc/sys/kernel/random/boot_id")
-needs_faketime = needs("faketime", "2001-01-01", "true")
 needs_root = pytest.mark.skipif(os.name == "nt" or os.geteuid() != 0, reason="only root may do this")
 
 
@@ -432,28 +418,30 @@ def open_to_all() -> Iterator[Path]:
         yield Path(top, "queue")
 
 
-CLAIM = """
-queue = FemtoQueue(sys.argv[1], sys.argv[2])
-task = queue.pop()
-print(task.id, flush=True)
+SERVE = """
+queue = FemtoQueue(sys.argv[1], sys.argv[2], float(sys.argv[3]))
 for line in sys.stdin:
     try:
         print(eval(line), flush=True)
     except NotInProgress:
         print("NotInProgress", flush=True)
 """
+TAKE = "(task := queue.pop()) and task.data"
 
 
-@contextmanager
-def claimed_by(directory: Path, node_id: str, under: Iterable[str] = ()) -> Iterator[Process]:
-    """A real process that has claimed the oldest task, and then does what it is told."""
-    process = start(CLAIM, directory, node_id, under=under)
-    try:
-        assert process.stdout and process.stdout.readline(), "it did not get the task"
-        yield process
-    finally:
-        process.kill()
-        process.communicate()
+@pytest.fixture
+def serve(guard: Callable[[Process], Process]) -> Spawn:
+    """Starts a real process that has a queue open, and then evaluates what it is told."""
+
+    def serve(
+        directory: Path, node_id: str, under: Iterable[str] = (), lease_ms: int = 30_000, code: str = ""
+    ) -> Process:
+        arguments = (directory, node_id, lease_ms)
+        process = guard(start(code + SERVE, *arguments, under=under, stderr=subprocess.PIPE))
+        assert tell(process, "queue.node_id") == node_id
+        return process
+
+    return serve
 
 
 # --- faults -------------------------------------------------------------------------------------------
@@ -492,19 +480,6 @@ class Steps:
         return REAL[name](*args, **kwargs)
 
 
-def break_call(monkeypatch: pytest.MonkeyPatch, name: str, at: int) -> None:
-    """Let the call number `at` of os.<name> raise EIO."""
-    real = getattr(os, name)
-    count = itertools.count()
-
-    def broken(*arguments: object, **options: object) -> object:
-        if next(count) == at:
-            raise OSError(errno.EIO, os.strerror(errno.EIO))
-        return real(*arguments, **options)
-
-    monkeypatch.setattr(os, name, broken)
-
-
 class Refusal:
     """Makes calls on some paths fail, as for a user without the rights: root has all of them."""
 
@@ -532,23 +507,6 @@ class Refusal:
 @pytest.fixture
 def refuse(monkeypatch: pytest.MonkeyPatch) -> Refusal:
     return Refusal(monkeypatch)
-
-
-@pytest.fixture
-def vanish(monkeypatch: pytest.MonkeyPatch) -> Callable[[Path], None]:
-    """vanish(path): somebody deletes this file right after it was looked at for the first time."""
-    doomed: list[str] = []
-
-    def look_once(real: Callable[..., Any], path: Any, *rest: Any, **options: Any) -> Any:
-        info = real(path, *rest, **options)
-        if path in doomed:
-            doomed.remove(path)
-            os.unlink(path)
-        return info
-
-    for name in ("stat", "lstat"):
-        monkeypatch.setattr(os, name, functools.partial(look_once, getattr(os, name)))
-    return lambda path: doomed.append(str(path))
 
 
 def synced_path(descriptor: int) -> str:
@@ -590,9 +548,6 @@ def unlogged(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 # --- what several parts need ---------------------------------------------------------------------------
-
-
-LATER_US = 4_000_000_000_000_000  # the year 2096
 
 
 def full_house(directory: Path) -> tuple[FemtoQueue, FemtoTask, dict[str, str]]:
@@ -704,14 +659,6 @@ def places(tmp_path: Path) -> Iterator[list[Path]]:
             yield [tmp_path, Path(other)]
 
 
-VERDICTS = {
-    "done": lambda q, task: q.done(task),
-    "fail": lambda q, task: q.fail(task),
-    "retry": lambda q, task: q.retry(task),
-    "retry-later": lambda q, task: q.retry(task, 1_000),
-}
-
-
 def never(task: FemtoTask) -> None:
     """A handler that must not be called."""
     pytest.fail(f"{task} was handled")
@@ -725,18 +672,7 @@ def counted(q: FemtoQueue) -> dict[str, int]:
 def ended(process: Process) -> tuple[str, int]:
     """What else the process prints, without errors, and its exit status; it ends by itself."""
     status = process.wait(15)
-    assert process.stdout
     return process.stdout.read(), status
-
-
-def signalled_until_it_ends(process: Process, *numbers: int) -> None:
-    """Send the signals, again and again: one that comes too soon after another is the same."""
-    end = time.monotonic() + 15
-    while process.poll() is None and time.monotonic() < end:
-        for number in numbers:
-            os.kill(process.pid, number)
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(0.1)
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -779,8 +715,6 @@ def _show_figures(request: pytest.FixtureRequest) -> Iterator[None]:
 # ====================================================================================================
 # On disk
 # ====================================================================================================
-
-# --- names and files ----------------------------------------------------------------------------------
 
 
 def test_files_and_names(directory: Path, clock: Time) -> None:
@@ -825,25 +759,19 @@ def test_files_and_names(directory: Path, clock: Time) -> None:
     assert len(files(directory)) == 3  # the clock and the layout's version are the others
 
 
-def test_scheduled_names(directory: Path, clock: Time) -> None:
-    """A scheduled task's file is <id>~0~<due_us>; its id's time is the due time, or now if later."""
-    queue = FemtoQueue(directory, "node-1")
-    due_us = NOW_US + HOUR_US
-    id = queue.schedule(b"x", due_us)
-    assert re.fullmatch(rf"\d{{16}}/{re.escape(id)}~0~{due_us}", where(directory, "scheduled"))
-    assert int(id[:16]) == due_us
-    assert NOW_US <= int(queue.schedule(b"x", NOW_US - HOUR_US)[:16]) < NOW_US + 10
-
-
-def test_the_count_of_attempts_has_an_end(directory: Path) -> None:
-    """A task that was delivered as often as a name can tell has failed."""
-    queue = FemtoQueue(directory, "a")
-    put(directory / "pending" / f"1700000000000000_x~{10**9 - 2}")
-    task = queue.pop()
-    assert task and (task.id, task.attempt) == ("1700000000000000_x", 10**9 - 1)
-    queue.retry(task)
-    assert queue.pop() is None
-    assert queue.status(task.id) == "failed"
+def test_schedule(directory: Path, clock: Time) -> None:
+    """What is scheduled is due at that time, or the instant of an aware datetime, in any time zone. Its
+    file is <id>~0~<due_us>, and the time in its id the due time, or now if that is later."""
+    queue, due_us = FemtoQueue(directory, "node-1"), NOW_US + HOUR_US
+    zones = [datetime.timezone(datetime.timedelta(hours=hours)) for hours in (9, 5.5, -3, 0)]
+    times = [due_us, *(datetime.datetime.fromtimestamp(due_us / 1e6, zone) for zone in zones)]
+    ids = [queue.schedule(b"later", time) for time in times]
+    assert names(directory, "scheduled") == sorted(f"{id}~0~{due_us}" for id in ids)
+    assert {int(id[:16]) for id in ids} == {due_us}
+    assert NOW_US <= int(queue.schedule(b"now", NOW_US - HOUR_US)[:16]) < NOW_US + 10
+    for seconds, expected in ((3_599.9, [b"now"]), (0.1, [b"later"] * 5)):
+        clock.advance(seconds)
+        assert drained(queue) == expected
 
 
 def test_many_tasks_for_one_microsecond(directory: Path, clock: Time) -> None:
@@ -863,52 +791,46 @@ for _ in range(200):
 
 
 def test_long_names(directory: Path, clock: Time) -> None:
-    """The longest node_id has room in every state's names."""
+    """There is room in every state's names for the longest node_id, and for very many attempts."""
     queue = FemtoQueue(directory, "n" * 64)
-    id = queue.push(b"x")
+    queue.push(b"x")
+    put(directory / "pending" / f"1700000000000000_y~{10**9 - 4}", b"y")
     for delay_ms in (1, 0):
-        task = queue.pop()
-        assert task
-        queue.touch(task)
-        queue.retry(task, delay_ms)
+        for task in [queue.pop(), queue.pop()]:
+            queue.touch(task)
+            queue.retry(task, delay_ms)
         clock.advance(1)
-    assert drained(queue) == [b"x"] and queue.status(id) == "done"
+    assert sorted(drained(queue)) == [b"x", b"y"] and "1700000000000000_y" in queue.ids("done")
 
 
-@pytest.mark.parametrize("node_id", ["müller", "日本", "a\u00a0b", "e\u0301", "\x7f", "a\tb", "\udcff"])
-def test_a_node_id_is_printable_ascii(directory: Path, node_id: str) -> None:
-    """node_ids are printable ASCII: a name that one process can read and another cannot is no name."""
-    with pytest.raises(ValueError, match="node_id"):
-        FemtoQueue(directory, node_id)
-    assert not directory.exists()
+def test_the_count_of_attempts_has_an_end(directory: Path) -> None:
+    """A task that was delivered as often as a name can tell has failed."""
+    queue = FemtoQueue(directory, "a")
+    put(directory / "pending" / f"1700000000000000_x~{10**9 - 2}")
+    task = queue.pop()
+    assert task and (task.id, task.attempt) == ("1700000000000000_x", 10**9 - 1)
+    queue.retry(task)
+    assert queue.pop() is None
+    assert queue.status(task.id) == "failed"
 
 
-LANG_C = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
-
-
-@pytest.mark.parametrize("variables", [LANG_C, {"PYTHONUTF8": "1"}], ids=["C", "UTF-8"])
-def test_what_is_not_ascii_is_seen_alike_in_every_locale(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, variables: dict[str, str]
-) -> None:
+@pytest.mark.parametrize("locale", ["LC_ALL=C PYTHONUTF8=0 PYTHONCOERCECLOCALE=0", "PYTHONUTF8=1"])
+def test_what_is_not_ascii_is_seen_alike_in_every_locale(tmp_path: Path, locale: str) -> None:
     """Names that are not ASCII are never delivered; a data_dir may have one, and a reason any text."""
     directory = tmp_path / "données"
     queue = FemtoQueue(directory, "a")
     put(directory / "pending" / "1700000000000000_é", b"never")
     id = queue.push(b"x")
-    for name, value in variables.items():
-        monkeypatch.setenv(name, value)
     code = """
 queue = FemtoQueue(sys.argv[1], "b")
 task, no = queue.pop(), queue.pop()
 print(task.data, no, queue.counts()["pending"], sys.getfilesystemencoding() == "utf-8")
 queue.fail(task, "gr\\u00f6\\u00dfe \\u65e5 \\udcff")
 """
-    assert run(code, directory) == f"b'x' None 0 {variables is not LANG_C}\n"
-    reason = queue.reason(id)
-    assert reason and reason.startswith("größe 日 ")
-
-
-# --- buckets ------------------------------------------------------------------------------------------
+    utf_8 = locale == "PYTHONUTF8=1"
+    assert run(code, directory, under=["env", *locale.split()]) == f"b'x' None 0 {utf_8}\n"
+    text = (directory / "failed" / f"{id}~reason").read_text("utf-8")
+    assert queue.reason(id) == text and text.startswith("größe 日 ")
 
 
 @pytest.mark.parametrize("state", ["pending", "scheduled"])
@@ -937,37 +859,16 @@ def test_buckets(directory: Path, clock: Time, state: str) -> None:
     assert len(os.listdir(directory / state)) == 4, "a new period, a new bucket"
 
 
-def test_ids_are_never_older_than_their_bucket(directory: Path, clock: Time) -> None:
-    """Nothing in a bucket is older than its name says, what came back included."""
-    queue = FemtoQueue(directory, "a")
-    ids = [queue.push(b"old"), queue.push(b"old 2")]
-    claims = [queue.pop(), queue.pop()]
-    clock.advance(2_000)
-    ids.append(queue.push(b"new"))
-    for claim in reversed(claims):
-        assert claim
-        queue.retry(claim)
-    for bucket, id in (name.split("/") for name in files(directory / "pending")):
-        assert id >= bucket[:16]
-    assert [task.id for task in iter(queue.pop, None)] == ids
-
-
 def test_empty_buckets_vanish(directory: Path, clock: Time) -> None:
     """An empty bucket is removed, but none that is younger than 2 s; then a push makes another."""
     queue = FemtoQueue(directory, "a")
     buckets = (directory / "pending", directory / "scheduled")
-    queue.push(b"1")
-    queue.schedule(b"2", NOW_US + 1_500_000)
-    assert drained(queue) == [b"1"]
-    clock.advance(1.6)
-    assert drained(queue) == [b"2"]
-    assert all(map(os.listdir, buckets))
-    clock.advance(1_002)  # nobody uses the bucket of that period any more
-    assert queue.pop() is None
-    assert not any(map(os.listdir, buckets))
-    queue.push(b"3")
-    queue.schedule(b"4", NOW_US)
-    assert drained(queue) == [b"3", b"4"]
+    for number in (b"1", b"2"):
+        queue.push(number)
+        queue.schedule(number, int(clock.wall * 1e6))
+        assert drained(queue) == [number, number] and all(map(os.listdir, buckets))
+        clock.advance(1_002)  # nobody uses the bucket of that period any more
+        assert queue.pop() is None and not any(map(os.listdir, buckets))
     # Who brings an old task back makes a bucket with an old name.
     bucket = directory / "pending" / "1600000000000001"
     for age_s, stays in ((0, True), (1.9, True), (2.1, False)):
@@ -977,36 +878,10 @@ def test_empty_buckets_vanish(directory: Path, clock: Time) -> None:
         assert bucket.exists() is stays
 
 
-def test_bucket_vanishes_during_a_push(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A bucket that somebody removes between being made and being used does not stop the push."""
-    queue, real, removed = FemtoQueue(directory, "a"), os.mkdir, []
-
-    def mkdir_in_vain(path: str, *mode: int) -> None:
-        real(path, *mode)
-        if not removed and "/pending/" in path:
-            removed.append(os.rmdir(path))
-
-    monkeypatch.setattr(os, "mkdir", mkdir_in_vain)
-    queue.push(b"x")
-    assert removed and drained(queue) == [b"x"]
-
-
-# --- tasks of shell scripts ---------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("data", [b"", b"hello\n", b"\x01" + bytes(23) + b"like the original's"])
 @pytest.mark.parametrize(
     "rest",
-    [
-        *(
-            "from a shell.00000000",
-            "job.bak",
-            "a (conflicted copy).txt",
-            "host_0123.partial",
-            "x" * 182,
-        ),
-        *("x_0123456789abcdef0.bak", "h_" + "g" * 18),
-    ],
+    ["shell.00000000", "a (copy).txt", "h_0.part", "x" * 182, "x_01234567890abcdef", "h_" + "g" * 18],
 )
 def test_shell_push(directory: Path, rest: str, data: bytes) -> None:
     """A file renamed into pending/ as 16 digits, "_" and more is a task, taken as it is."""
@@ -1024,6 +899,9 @@ NAMES = (
     *("{time}_node_0123456789ab{n:06x}.01234567", "{time}_node_0123456789ab{n:06x}.01234567~{n}"),
     *("{time}_node_0123456789ab{n:06x}.01234567~1~{time}", "{time}_node_0123456789ab{n:06x}.01234567~"),
     *("{time}_node_0123456789ab{n:06x}.01234567.bak", "{time}_node_0123456789ab{n:06x}-1.01234567"),
+    "{time}_node_0123456789ab{n:06x} (conflicted copy).01234567",
+    "{time}_node_0123456789ab{n:06x}.sync-conflict-20260101-101010-ABCDEFG.01234567",
+    "Copy of {time}_node_0123456789ab{n:06x}.01234567",
     *("{time}_shell-{n}", "{time}_shell-{n}~1", "{time}_shell-{n}~1~{time}", "{time}_shell-{n}~x"),
     *("{time}_", "{time}", "{time}.0123abcd", "{time}-{n}", "{n}_x", "{time}_é{n}", "{time}_\udcff{n}"),
     *("{time}_{n}\n", "１７００００００００００００００_{n}", "{time}_{n:0183}"),
@@ -1105,30 +983,30 @@ def test_hostile_directories(objects: list[tuple[str, str, str]], reboot: bool) 
         patch.setattr(time, "clock_gettime", clock.read)
         patch.setitem(sys.modules, "ctypes", None)
         directory, outside = Path(scratch) / "queue", Path(scratch) / "outside"
-        outside.mkdir()
         inside = outside / "0000000000000001_outside"
-        for path in (outside / "file", inside):
-            path.write_bytes(b"followed")
+        put(outside / "file", b"followed")
+        put(inside, b"followed")
         queue = FemtoQueue(directory, "a", LONG_MS)
         real = {queue.push(payload): payload for payload in (b"claimed", b"done", b"failed", b"first")}
         queue.pop()
-        for finish in (queue.done, queue.fail):
-            task = queue.pop()
-            assert task
-            finish(task)
+        queue.done(queue.pop())
+        queue.fail(queue.pop())
         done, failed = list(real)[1:3]
-        del queue, finish  # what it claimed first is abandoned
+        del queue  # what it claimed first is abandoned
         queue = FemtoQueue(directory, "a", LONG_MS)
         real[queue.schedule(b"due", int((clock.wall + 5) * 1e6))] = b"due"
         clock.advance(10)
 
         made: dict[Path, tuple[str, str, str]] = {}
+        ids: set[str] = set()  # no two files are one task
         bucket = os.listdir(directory / "pending")[0]
         [clock_file] = directory.glob("clock-*")
         for place, name, kind in objects:
             folder = directory / place.format(bucket=bucket)
             folder.mkdir(parents=True, exist_ok=True)
-            if not os.path.lexists(folder / name):
+            id = name.partition("~")[0] if "_" in name else name
+            if id not in ids and not os.path.lexists(folder / name):
+                ids.add(id)
                 KINDS[kind](folder / name, outside)
                 made[folder / name] = (place, name, kind)
         theirs = {path: seen(path, times=False) for path, what in made.items() if not is_ours(*what)}
@@ -1139,13 +1017,12 @@ def test_hostile_directories(objects: list[tuple[str, str, str]], reboot: bool) 
 
         signal.signal(signal.SIGALRM, lambda number, frame: pytest.fail("it blocks"))
         signal.alarm(60)
-        inner = [
-            entry for path in made if path not in theirs and path.is_dir() for entry in path.iterdir()
-        ]
-        tasks = {path.name.partition("~")[0] for path in [*made, *inner] if path not in theirs}
+        ours = [path for path in made if path not in theirs]
+        inner = [entry for path in ours if path.is_dir() for entry in path.iterdir()]
+        tasks = {path.name.partition("~")[0] for path in ours + inner}
         listed = {state: list(queue.ids(state)) for state in STATES}
         assert {*itertools.chain(*listed.values())} <= {*real, *tasks}
-        assert queue.counts() == {state: len(ids) for state, ids in listed.items()}
+        assert queue.counts() == {state: len(found) for state, found in listed.items()}
         for path in list(made)[:100]:
             assert queue.status(path.name) in (None, *STATES)
         assert all(map(queue.status, real))
@@ -1196,37 +1073,7 @@ def test_replaced_after_the_listing(directory: Path, tmp_path: Path, kind: str, 
     assert drained(queue) == [b"3"]
 
 
-COPIES = "{id}.bak|{id}.partial|{id}.tmp|{id}~|{id} (1)|{id}.{crc}|Copy of {id}|.{id}.swp|{stem}.bak"
-COPIES += (
-    "|{stem}-1.{crc}|{stem} (conflicted copy).{crc}|{stem}.sync-conflict-20260101-101010-ABCDE.{crc}"
-)
-
-
-@pytest.mark.parametrize("state", STATES)
-def test_a_copy_that_a_tool_made_is_no_task(directory: Path, state: str) -> None:
-    """A name that begins with one of our ids and goes on otherwise is no task, and is left alone."""
-    queue, task, ids = full_house(directory)
-    id = ids[state]
-    copies = COPIES.format(id=id, stem=id[:-9], crc=id[-8:]).split("|")
-    [path] = (directory / state).rglob(f"{id}*")
-    folders = (path.parent, directory / state)
-    paths = [shutil.copy(path, folder / name) for folder in folders for name in copies]
-    assert queue.counts() == dict.fromkeys(STATES, 1)
-    assert [*queue.ids(state)] == [id]
-    for name in copies:
-        assert queue.status(name) is None and queue.cancel(name) is queue.requeue(name) is False
-    assert drained(queue) == [b"pending"]
-    queue.done(task)
-    queue.cancel(ids["scheduled"])
-    assert [queue.purge(state, 0) for state in ("done", "failed", "corrupt")] == [3, 1, 1]
-    assert queue.join(0) is True
-    assert all(map(os.path.exists, paths))
-
-
-# --- the layout's version -----------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("made_by", ["us", "a shell script", "nobody yet", "mkdir"])
+@pytest.mark.parametrize("made_by", ["us", "a shell script", "nobody yet"])
 def test_the_version_file_is_written_when_missing(directory: Path, made_by: str) -> None:
     """A directory that has no version file gets one when it is first opened, in plain text."""
     if made_by == "us":
@@ -1234,17 +1081,12 @@ def test_the_version_file_is_written_when_missing(directory: Path, made_by: str)
         (directory / "layout").unlink()
     elif made_by == "a shell script":
         put(directory / "pending" / "1700000000000000_shell")
-    elif made_by == "mkdir":
-        directory.mkdir()
-    queue = FemtoQueue(directory, "a")
+    assert drained(FemtoQueue(directory, "a")) == [b"x"] * (made_by != "nobody yet")
     assert (directory / "layout").read_text().splitlines()[0] == "femtoqueue layout 1"
-    assert drained(queue) == [b"x"] * (made_by in ("us", "a shell script"))
-    before = seen(directory / "layout")
-    FemtoQueue(directory, "b").push(Original.content(b"y"))
+    before, magic = seen(directory / "layout"), Original.content(b"y")
+    FemtoQueue(directory, "b").push(magic)
+    assert drained(FemtoQueue(directory, "c")) == [magic], "now, magic bytes are just bytes"
     assert seen(directory / "layout") == before
-    assert drained(FemtoQueue(directory, "c")) == [Original.content(b"y")], (
-        "now, magic bytes are just bytes"
-    )
 
 
 NEWER = {"layout 2": r"layout.*\b2\b", "layout 10": r"layout.*\b10\b", "layout 999": r"layout.*\b999\b"}
@@ -1276,16 +1118,56 @@ def test_a_directory_is_first_opened_by_several_at_once(directory: Path, spawn: 
     put(directory / "pending" / "1700000000000000_shell")
     code = "print('go', flush=True); input(); q = FemtoQueue(sys.argv[1], 'a'); print(q.push(b'x')[16])"
     processes = [spawn(code, directory) for _ in range(4)]
-    for process in processes:
-        expect(process, "go")
-    for process in processes:
-        say(process)
+    for act in (lambda process: expect(process, "go"), say):
+        [*map(act, processes)]
     assert [ending(process) for process in processes] == [("_\n", 0)] * 4
     assert len(drained(FemtoQueue(directory, "a"))) == 5
-    assert (directory / "layout").read_text().startswith("femtoqueue layout 1\n")
 
 
 # --- what vanishes ------------------------------------------------------------------------------------
+
+
+def test_hostile_owners(directory: Path, clock: Time) -> None:
+    """Directories that are named almost like an owner, or like one with strange numbers, do no harm."""
+    queue = FemtoQueue(directory, "a")
+    queue.push(b"x")
+    task = queue.pop()
+    place = os.listdir(directory / "in_progress")[0].split("~")[3]
+    strange = [f"a~{pid}~1~{place}~x" for pid in (0, 1, os.getppid(), "9" * 30)]
+    for name in [*strange, *"a a~1~2~3 a~x~1~p~t a~~1~p~t a~1~1~p~t~ ~1~1~p~t".split()]:
+        odd = "not a task" if name in strange else f"{OLD_ID}~1~1700000000000000"
+        put(directory / "in_progress" / name / odd)
+    queue.done(task)
+    before = snapshot(directory)
+    assert queue.pop() is None and queue.counts()["in_progress"] == 0
+    assert snapshot(directory) == before
+
+
+@pytest.mark.parametrize("call", ["done", "fail", "retry", "touch"])
+def test_another_queue_in_the_place_of_data_dir_finishes_nothing(directory: Path, call: str) -> None:
+    """A verdict on a claim that is not there is no success, and changes nothing in the other queue."""
+    queue, task, _ = full_house(directory)
+    away = directory.rename(directory.with_name("away"))
+    full_house(directory)
+    before, kept = snapshot(directory), snapshot(away)
+    with pytest.raises((NotInProgress, OSError)):
+        getattr(queue, call)(task)
+    assert (snapshot(directory), snapshot(away)) == (before, kept)
+
+
+def test_bucket_vanishes_during_a_push(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A bucket that somebody removes between being made and being used does not stop the push."""
+    queue, real, removed = FemtoQueue(directory, "a"), os.mkdir, []
+
+    def mkdir_in_vain(path: str, *mode: int) -> None:
+        real(path, *mode)
+        if not removed and "/pending/" in path:
+            removed.append(os.rmdir(path))
+
+    monkeypatch.setattr(os, "mkdir", mkdir_in_vain)
+    queue.push(b"x")
+    assert removed and drained(queue) == [b"x"]
+
 
 # call: which state's task it is about; its result with that task, and without
 FINISHED = ("done", "failed", "corrupt")
@@ -1358,31 +1240,16 @@ def test_a_data_dir_that_is_gone_is_an_os_error(directory: Path, how: str, call:
     assert eval(call, globals(), names) == CALLS[call][1], "the call can be made again"
 
 
-@pytest.mark.parametrize("call", ["done", "fail", "retry", "touch"])
-def test_another_queue_in_the_place_of_data_dir_finishes_nothing(directory: Path, call: str) -> None:
-    """A verdict on a claim that is not there is no success, and changes nothing in the other queue."""
-    queue, task, _ = full_house(directory)
-    away = directory.rename(directory.with_name("away"))
-    full_house(directory)
-    before, kept = snapshot(directory), snapshot(away)
-    with pytest.raises((NotInProgress, OSError)):
-        getattr(queue, call)(task)
-    assert (snapshot(directory), snapshot(away)) == (before, kept)
-
-
 def test_pending_is_made_again_under_a_call_that_waits(directory: Path) -> None:
     """A worker that waits gets what is pushed after pending/ vanished and was made again."""
     queue, other = FemtoQueue(directory, "a"), FemtoQueue(directory, "b")
-    found: list[object] = []
-    waiter = threading.Thread(target=lambda: found.append(queue.pop(20)))
-    waiter.start()
+    found = in_thread(queue.pop, 20)
     for number in range(5):
         shutil.rmtree(directory / "pending")
         other.push(b"%d" % number)
         if number == 4 or not other.pop():  # else the waiter had perhaps not begun
             break
-    waiter.join()
-    assert isinstance(found[0], FemtoTask)
+    assert found.result(20)
 
 
 # ====================================================================================================
@@ -1390,22 +1257,6 @@ def test_pending_is_made_again_under_a_call_that_waits(directory: Path) -> None:
 # ====================================================================================================
 
 PUSH = "FemtoQueue(sys.argv[1], 'node-1').push(sys.argv[2].encode())"
-
-
-@pytest.mark.parametrize("step_s", [0, -86_400, -0.01, 86_400])
-def test_wall_clock_steps_reorder_nothing(directory: Path, clock: Time, step_s: float) -> None:
-    """Stepping or freezing the wall clock reorders nothing and expires nothing, among objects too."""
-    queue, other = FemtoQueue(directory, "a"), FemtoQueue(directory, "b")
-    queue.push(b"1")
-    task = queue.pop()
-    payloads = [b"%d" % number for number in range(100)]
-    for number, payload in enumerate(payloads):
-        clock.step_wall(step_s)
-        (queue, other)[number % 2].push(payload)
-    assert drained(other) == payloads
-    queue.done(task)
-
-
 CLOCKS = [  # wrong ones, or those of a time namespace
     ("time.time = lambda: 978_307_200.0", ()),
     ("assert time.time() < 1e9", ("faketime", "2001-01-01")),
@@ -1419,7 +1270,7 @@ CLOCKS = [  # wrong ones, or those of a time namespace
     ids=["2001", "faketime", "time namespace"],
 )
 def test_the_clock_is_shared(
-    directory: Path, monkeypatch: pytest.MonkeyPatch, code: str, under: tuple[str, ...]
+    directory: Path, monkeypatch: Patch, code: str, under: tuple[str, ...]
 ) -> None:
     """Processes of one boot push in one order, however wrong their clocks, in time namespaces too."""
     monkeypatch.setenv("FAKETIME_DONT_FAKE_MONOTONIC", "1")
@@ -1432,36 +1283,28 @@ def test_the_clock_is_shared(
 
 
 @pytest.mark.parametrize("days", [-1, 1])
-def test_the_clock_is_chosen_once(
-    directory: Path, spawn: Spawn, monkeypatch: pytest.MonkeyPatch, days: int
-) -> None:
+def test_the_clock_is_chosen_once(directory: Path, serve: Spawn, monkeypatch: Patch, days: int) -> None:
     """All share the clock that the first process chose, also who was about to choose another one."""
-    code = f"""
-time.time = lambda real=time.time: real() + 86_400 * {days}
-queue = FemtoQueue(sys.argv[1], "a")
-for line in sys.stdin:
-    print(queue.push(line.strip().encode()), flush=True)
-"""
-    other, queue = spawn(code, directory), FemtoQueue(directory, "b")
+    code = f"time.time = lambda real=time.time: real() + 86_400 * {days}\n"
+    other, queue = serve(directory, "a", code=code), FemtoQueue(directory, "b")
     quicker: list[str] = []
 
     def publish(real: Callable[..., Any], source: str, target: str) -> None:
         if "/clock-" in target and not quicker:
-            quicker.append(tell(other, "0"))
+            quicker.append(tell(other, "queue.push(b'0')"))
         real(source, target)
 
     for name in ("link", "rename"):
         monkeypatch.setattr(os, name, functools.partial(publish, getattr(os, name)))
-    for number in range(1, 7):
-        tell(other, str(number)) if number % 2 == 0 else queue.push(b"%d" % number)
+    for number in (b"1", b"2", b"3", b"4"):
+        tell(other, f"queue.push({number})") if number in b"24" else queue.push(number)
     assert quicker and len([*directory.glob("clock-*")]) == 1
-    assert drained(FemtoQueue(directory, "c")) == [b"%d" % number for number in range(7)]
+    assert drained(FemtoQueue(directory, "c")) == [b"0", b"1", b"2", b"3", b"4"]
 
 
 @pytest.mark.parametrize("wall_s", [1_326_511_294.0, 3_600_000_000.0])
-def test_frozen_time_stays_out_of_stamps_and_timeouts(
-    directory: Path, no_hang: None, wall_s: float
-) -> None:
+@pytest.mark.usefixtures("no_hang")
+def test_frozen_time_stays_out_of_stamps_and_timeouts(directory: Path, wall_s: float) -> None:
     """Frozen time makes scheduled tasks due, is no part of the queue clock, and stops no timeout."""
     queue = FemtoQueue(directory, "a")
     ids = [queue.push(b"1")]
@@ -1482,8 +1325,9 @@ def test_frozen_time_stays_out_of_stamps_and_timeouts(
 
 
 @pytest.mark.parametrize("call", ["pop", "join"])
+@pytest.mark.usefixtures("no_hang")
 def test_a_timeout_runs_out_while_the_machine_sleeps(
-    directory: Path, clock: Time, monkeypatch: pytest.MonkeyPatch, no_hang: None, call: str
+    directory: Path, clock: Time, monkeypatch: Patch, call: str
 ) -> None:
     """All waiting and all timeouts count time asleep."""
     queue = FemtoQueue(directory, "a")
@@ -1494,9 +1338,7 @@ def test_a_timeout_runs_out_while_the_machine_sleeps(
 
 
 @needs_mounts
-def test_a_host_that_slept_is_not_robbed(
-    directory: Path, tmp_path: Path, guard: Callable[[Process], Process]
-) -> None:
+def test_a_host_that_slept_is_not_robbed(directory: Path, tmp_path: Path, serve: Spawn) -> None:
     """Of two hosts with equal wall clocks, one that was suspended keeps its claims for their lease."""
     code = """
 real_monotonic, real_gettime = time.monotonic, time.clock_gettime
@@ -1505,94 +1347,31 @@ time.clock_gettime = lambda clock: real_gettime(clock) - 600 * (clock == time.CL
 """
     queue, host = FemtoQueue(directory, "a"), rebooted(tmp_path)
     run(PUSH, directory, "x", under=host)
-    slept = guard(start(code + CLAIM, directory, "b", under=host))
-    assert slept.stdout and slept.stdout.readline()
+    slept = serve(directory, "b", host, code=code)
+    assert tell(slept, TAKE) == "b'x'"
     assert queue.pop() is None and FemtoQueue(directory, "c").pop() is None
-    assert tell(slept, "task.lost") == "False"
-    assert tell(slept, "queue.done(task)") == "None"
+    assert tell(slept, "(task.lost, queue.done(task))") == "(False, None)"
 
 
 @needs_mounts
-@pytest.mark.parametrize(
-    ("step_s", "other_machine", "logged"),
-    [(5, True, True), (-5, True, True), (0.5, True, False), (5, False, False)],
-)
+@pytest.mark.parametrize("step_s", [5, -5, 0.5])
+@pytest.mark.parametrize("elsewhere", [True, False])
 def test_clocks_that_disagree_are_logged(
-    directory: Path,
-    tmp_path: Path,
-    now: Time,
-    queue: FemtoQueue,
-    caplog: pytest.LogCaptureFixture,
-    step_s: float,
-    other_machine: bool,
-    logged: bool,
+    now: Time, queue: FemtoQueue, serve: Spawn, caplog: Any, elsewhere: bool, step_s: float
 ) -> None:
     """Where other machines take part, a queue clock more than a second off the wall clock is logged."""
-    with claimed_by(directory, "b", rebooted(tmp_path) if other_machine else []):
-        now.step_wall(step_s)
-        now.advance(2)
-        queue.push(b"c")
-        assert b"c" in drained(queue)
-    assert any("clock" in message for message in caplog.messages) is logged, caplog.messages
+    other = serve(queue.data_dir, "b", rebooted(Path(queue.data_dir).parent) if elsewhere else [])
+    assert tell(other, TAKE) == "b'a'"
+    now.step_wall(step_s)
+    now.advance(2)
+    assert drained(queue) == [b"b"]
+    queue.push(b"c")
+    assert drained(queue) == [b"c"]
+    logged = any("clock" in message for message in caplog.messages)
+    assert logged is (elsewhere and abs(step_s) > 1), caplog.messages
 
 
 # --- after a boot -------------------------------------------------------------------------------------
-
-
-@needs_mounts
-@pytest.mark.parametrize("newest", ["pending", "in_progress"])
-def test_order_survives_a_reboot(directory: Path, tmp_path: Path, newest: str) -> None:
-    """After a reboot order continues, though the wall clock restarts in the past."""
-    FemtoQueue(directory, "node-1").push(b"1")
-    if newest == "in_progress":
-        assert run(CLAIM, directory, "node-1")
-    run(IN_2001 + PUSH, directory, 2, under=rebooted(tmp_path))
-    again = rebooted(tmp_path)
-    run(IN_2001 + PUSH, directory, 3, under=again)
-    code = 'queue = FemtoQueue(sys.argv[1], "node-1")\nwhile t := queue.pop(): print(t.data.decode())'
-    assert run(IN_2001 + code, directory, under=again).split() == ["1", "2", "3"]
-
-
-@needs_mounts
-@pytest.mark.parametrize("step_s", [-86_400, -0.5, 86_400])
-def test_the_clock_begins_above_all_that_is_queued(
-    directory: Path, tmp_path: Path, step_s: float
-) -> None:
-    """The offset is chosen at the first stamp of a boot, above the newest task in the queue then."""
-    FemtoQueue(directory, "a").push(b"1")
-    code = f"""
-early, late = FemtoQueue(sys.argv[1], "a"), FemtoQueue(sys.argv[1], "b")
-open(f"{{sys.argv[1]}}/pending/{{time.time_ns() // 1000 - 5000}}_shell", "wb", 0).write(b"2")
-time.time = lambda real=time.time: real() + {step_s}
-early.push(b"3"); late.push(b"4"); early.push(b"5")
-print(*[task.data.decode() for task in iter(late.pop, None)])
-"""
-    assert run(code, directory, under=rebooted(tmp_path)) == "1 2 3 4 5\n"
-
-
-@needs_mounts
-@pytest.mark.parametrize(("behind_days", "lease_s"), [(0, 30), (3, 3_600), (3_000, 30), (9_000, 3_600)])
-def test_leases_survive_a_reboot(
-    directory: Path, tmp_path: Path, behind_days: int, lease_s: int
-) -> None:
-    """After a reboot, with the wall clock behind, another node's claim comes back one lease later."""
-    put(directory / "pending" / "1700000000000000_shell")
-    claim = "queue = FemtoQueue(sys.argv[1], 'node-2', float(sys.argv[2])); queue.pop(); os._exit(0)"
-    run(claim, directory, lease_s * 1_000, under=rebooted(tmp_path))
-    code = """
-behind_s, lease_s = 86_400 * int(sys.argv[2]), int(sys.argv[3])
-real_time, real_gettime = time.time, time.clock_gettime
-booted_s = time.clock_gettime(time.CLOCK_BOOTTIME)
-passed_s = 0
-time.time = lambda: real_time() - behind_s + passed_s
-time.clock_gettime = lambda clock: real_gettime(clock) - booted_s + passed_s
-queue = FemtoQueue(sys.argv[1], "node-1")  # whose own lease is 30 s
-for passed_s in (0, 15, lease_s - 5, lease_s + 5):
-    task = queue.pop()
-    print(task and task.attempt)
-"""
-    out = run(code, directory, behind_days, lease_s, under=rebooted(tmp_path))
-    assert out.split() == ["None", "None", "None", "2"]
 
 
 @pytest.mark.parametrize("hidden", ["in_progress", "pending"])
@@ -1619,7 +1398,55 @@ def test_the_first_stamp_after_a_boot_among_what_others_hide(
     assert drained_one(other) == (b"pending" if hidden == "in_progress" else b"later")
 
 
-# --- a clock file that is no clock file ---------------------------------------------------------------
+@needs_mounts
+@pytest.mark.parametrize("newest", ["pending", "in_progress"])
+def test_order_survives_a_reboot(directory: Path, tmp_path: Path, newest: str) -> None:
+    """After a reboot order continues, though the wall clock restarts in the past."""
+    FemtoQueue(directory, "node-1").push(b"1")
+    if newest == "in_progress":
+        run("FemtoQueue(sys.argv[1], 'node-1').pop(); os._exit(0)", directory)
+    run(IN_2001 + PUSH, directory, 2, under=rebooted(tmp_path))
+    again = rebooted(tmp_path)
+    run(IN_2001 + PUSH, directory, 3, under=again)
+    code = 'queue = FemtoQueue(sys.argv[1], "node-1")\nwhile t := queue.pop(): print(t.data.decode())'
+    assert run(IN_2001 + code, directory, under=again).split() == ["1", "2", "3"]
+
+
+@needs_mounts
+@pytest.mark.parametrize("step_s", [-86_400, -0.5, 86_400])
+def test_the_clock_begins_above_what_is_queued(directory: Path, tmp_path: Path, step_s: float) -> None:
+    """The offset is chosen at the first stamp of a boot, above the newest task in the queue then."""
+    FemtoQueue(directory, "a").push(b"1")
+    code = f"""
+early, late = FemtoQueue(sys.argv[1], "a"), FemtoQueue(sys.argv[1], "b")
+open(f"{{sys.argv[1]}}/pending/{{time.time_ns() // 1000 - 5000}}_shell", "wb", 0).write(b"2")
+time.time = lambda real=time.time: real() + {step_s}
+early.push(b"3"); late.push(b"4"); early.push(b"5")
+print(*[task.data.decode() for task in iter(late.pop, None)])
+"""
+    assert run(code, directory, under=rebooted(tmp_path)) == "1 2 3 4 5\n"
+
+
+@needs_mounts
+@pytest.mark.parametrize(("days", "lease_s"), [(0, 30), (3, 3_600), (3_000, 30), (9_000, 3_600)])
+def test_leases_survive_a_reboot(directory: Path, tmp_path: Path, days: int, lease_s: int) -> None:
+    """After a reboot, with the wall clock behind, another node's claim comes back one lease later."""
+    put(directory / "pending" / "1700000000000000_shell")
+    claim = f"queue = FemtoQueue(sys.argv[1], 'node-2', {lease_s * 1_000}); queue.pop(); os._exit(0)"
+    run(claim, directory, under=rebooted(tmp_path))
+    code = f"""
+real_time, real_gettime = time.time, time.clock_gettime
+booted_s = time.clock_gettime(time.CLOCK_BOOTTIME)
+passed_s = 0
+time.time = lambda: real_time() - 86_400 * {days} + passed_s
+time.clock_gettime = lambda clock: real_gettime(clock) - booted_s + passed_s
+queue = FemtoQueue(sys.argv[1], "node-1")  # whose own lease is 30 s
+for passed_s in (0, 15, {lease_s} - 5, {lease_s} + 5):
+    task = queue.pop()
+    print(task and task.attempt)
+"""
+    out = run(code, directory, under=rebooted(tmp_path))
+    assert out.split() == ["None", "None", "None", "2"]
 
 
 def break_clock(directory: Path) -> Path:
@@ -1629,7 +1456,8 @@ def break_clock(directory: Path) -> Path:
     return path
 
 
-def test_broken_clock_file(tmp_path: Path, no_hang: None) -> None:
+@pytest.mark.usefixtures("no_hang")
+def test_broken_clock_file(tmp_path: Path) -> None:
     """A broken clock file is made anew, above all that is in the queue, and nothing odd is followed."""
     texts = b"|\n|17999|-\n|x\n|\xff\n|9999999999999999\n|-9999999999999999\n".split(b"|")
     outside = put(tmp_path / "outside" / "file", b"-1\n").parent
@@ -1653,55 +1481,24 @@ for name in sys.argv[1:]:
     assert files(outside) == ["file"]
 
 
-def test_stray_names_do_not_drag_the_clock(directory: Path, clock: Time) -> None:
-    """A stray name in the far future does not become the time of all that follows."""
-    queue = FemtoQueue(directory, "a")
-    put(directory / "pending" / "9999999999999999_x", b"stray")
-    (directory / "pending" / "9999999999999998").mkdir()
-    assert int(queue.push(b"1")[:16]) < NOW_US + 10
-    assert drained(queue) == [b"1", b"stray"]
-
-
 # --- what gets its place later ------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("asleep", [False, True])
-@pytest.mark.parametrize("step_s", [0, 0.004, -0.004, 3_600, -3_600])
-@pytest.mark.parametrize("wait_s", [0.5, 36, 8 * 3_600])
-def test_scheduled_tasks_come_after_what_was_pending(
-    directory: Path, clock: Time, wait_s: float, step_s: float, asleep: bool
-) -> None:
-    """What falls due comes behind all that is pending then, before all that is pushed afterwards."""
-    queue = FemtoQueue(directory, "a")
-    for payload in (b"0", b"1"):
-        queue.push(payload)
-    due_s = clock.wall + wait_s
-    queue.schedule(b"due", int(due_s * 1e6))
-    assert drained_one(queue) == b"0"
-    clock.step_wall(step_s)
-    (clock.suspend if asleep else clock.advance)(max(0, due_s - clock.wall) + 0.1)
-    queue.push(b"2")
-    clock.advance(1)  # what is due is seen within a second, beside other work
-    assert drained_one(queue) == b"1"
-    queue.push(b"after")
-    assert drained(queue) == [b"2", b"due", b"after"]
-
-
-@pytest.mark.parametrize("ahead_s", [0.5, 36, 8 * 3_600, 10**9])
-@pytest.mark.parametrize("bucket", [None, "shared", "own"])
+@pytest.mark.parametrize("ahead_s", [0.5, 8 * 3_600, 8_199_999_999.999_999])
+@pytest.mark.parametrize("bucket", [".", "shared", "own"])
 def test_a_stamp_ahead_of_the_queue_clock_is_not_passed_by(
-    directory: Path, clock: Time, ahead_s: float, bucket: str | None
+    directory: Path, clock: Time, ahead_s: float, bucket: str
 ) -> None:
-    """A file put there by hand whose stamp is ahead of the queue clock gets a place all the same."""
-    queue = FemtoQueue(directory, "a")
-    queue.push(b"before")
-    stamp_us = NOW_US + int(ahead_s * 1e6)
-    folder = {None: ".", "shared": str(NOW_US), "own": str(stamp_us)}[bucket]
+    """A file put there by hand whose stamp is ahead of the queue clock gets a place all the same, and
+    does not drag the clock along."""
+    queue, stamp_us = FemtoQueue(directory, "a"), NOW_US + int(ahead_s * 1e6)
+    if ahead_s < 1e9:  # else the clock is chosen beside it
+        assert queue.cancel(queue.push(b"before"))
+    folder = {"shared": str(NOW_US), "own": str(stamp_us)}.get(bucket, bucket)
     put(directory / "pending" / folder / f"{stamp_us}_shell", b"by hand")
-    assert drained_one(queue) == b"before"
     found = []
-    while b"by hand" not in found and len(found) < 50:
-        queue.push(b"newer")
+    while b"by hand" not in found and len(found) < 21:
+        assert int(queue.push(b"newer")[:16]) < NOW_US + 10**7
         clock.advance(0.1)
         found.append(drained_one(queue))
     assert len(found) <= 20, "not within a look or two"
@@ -1709,9 +1506,7 @@ def test_a_stamp_ahead_of_the_queue_clock_is_not_passed_by(
 
 
 @pytest.mark.parametrize("kind", ["due", "abandoned"])
-def test_many_that_come_at_once_and_a_stream_do_not_starve_each_other(
-    scratch: Path, clock: Time, kind: str
-) -> None:
+def test_many_at_once_and_a_stream_starve_nobody(scratch: Path, clock: Time, kind: str) -> None:
     """While there is more to move the next look comes at once, not a second later."""
     queue = FemtoQueue(scratch / "queue", "a", 10_000, keep_done=False)
     many = [b"%d" % number for number in range(2_100)]
@@ -1738,10 +1533,8 @@ def test_the_earliest_due_comes_first(scratch: Path, clock: Time) -> None:
     queue = FemtoQueue(scratch / "queue", "a", keep_done=False)
     due = random.Random(1).sample(range(NOW_US, NOW_US + 10_000_000), 2_700)
     for number, due_us in enumerate(due):
-        payload = b"%d" % due_us
-        id = f"{due_us}_host_{number:018x}.{zlib.crc32(payload):08x}"
         bucket = scratch / "queue" / "scheduled" / str(NOW_US - 1 - number % 3)
-        put(bucket / f"{id}~0~{due_us}", payload)
+        put(bucket / f"{due_us}_{number}~0~{due_us}", b"%d" % due_us)
     for second in (5, 3, 40_000, 4, 400):
         due.append(NOW_US + second * 1_000_000)
         queue.schedule(b"%d" % due[-1], due[-1])
@@ -1753,8 +1546,6 @@ def test_the_earliest_due_comes_first(scratch: Path, clock: Time) -> None:
 # Who is alive
 # ====================================================================================================
 
-# --- in this process ----------------------------------------------------------------------------------
-
 
 @pytest.mark.parametrize("end", ["close", "drop"])
 def test_dropped_object(directory: Path, queue: FemtoQueue, end: str) -> None:
@@ -1762,10 +1553,7 @@ def test_dropped_object(directory: Path, queue: FemtoQueue, end: str) -> None:
     gc.disable()  # dropping the last reference is enough
     try:
         other = FemtoQueue(directory, "node-1")
-        thread = threading.Thread(target=other.pop, args=[0.001])  # whose end proves nothing
-        thread.start()
-        thread.join()
-        del thread
+        assert in_thread(other.pop, 0.001).result(10)  # the end of a thread proves nothing
         queue.push(b"c")
         assert drained_one(queue) == b"b"
         assert drained(FemtoQueue(directory, "node-1")) == [b"c"] and queue.pop() is None
@@ -1776,29 +1564,6 @@ def test_dropped_object(directory: Path, queue: FemtoQueue, end: str) -> None:
         assert drained(queue) == [b"a", b"d"], "at its old place"
     finally:
         gc.enable()
-
-
-@pytest.mark.parametrize("keep", [True, False])
-@pytest.mark.parametrize("call", ["done", "fail", "retry", "touch"])
-@pytest.mark.parametrize("end", ["close", "drop"])
-def test_claims_of_an_object_that_is_gone(directory: Path, end: str, call: str, keep: bool) -> None:
-    """Whoever finishes a claim that was given back gets NotInProgress, and the task is not lost."""
-    queue = FemtoQueue(directory, "node-1", keep_done=keep, keep_failed=keep)
-    id = queue.push(b"a")
-    other = FemtoQueue(directory, "node-2")
-    claim = other.pop()
-    if end == "close":
-        other.close()
-    del other
-    again = queue.pop()
-    assert again and again.id == id
-    with pytest.raises(NotInProgress):
-        getattr(queue, call)(claim)
-    assert queue.status(id) == "in_progress"
-    queue.retry(again)
-    with pytest.raises(NotInProgress):
-        getattr(queue, call)(claim)
-    assert drained(queue) == [b"a"]
 
 
 @pytest.mark.parametrize("how", ["another name", "reload"])
@@ -1817,8 +1582,7 @@ if sys.argv[2] == "reload":
     vendored = importlib.reload(femtoqueue)
 task = mine.pop()
 theirs, third = vendored.FemtoQueue(sys.argv[1], "node"), vendored.FemtoQueue(sys.argv[1], "node")
-other = theirs.pop()
-print(task.data, other.data, mine.pop(), theirs.pop(), third.pop())
+print(task.data, theirs.pop().data, mine.pop(), theirs.pop(), third.pop())
 print(FemtoQueue(sys.argv[1], "node").pop())
 mine.close()
 print(theirs.pop().data, third.pop())
@@ -1831,7 +1595,6 @@ print(late.pop().data, late.pop().data, late.pop())
     assert run(code, directory, how).splitlines() == expected
 
 
-# No Python until 3.14 has a public name for what makes another interpreter in this process.
 INTERPRETERS = [n for n in ("_interpreters", "_xxsubinterpreters") if importlib.util.find_spec(n)]
 
 
@@ -1868,39 +1631,33 @@ print([queue.done(task) for task in tasks], queue.counts()["done"], queue.pop())
 
 
 @pytest.mark.parametrize("node_id", ["node-1", "node-2"])
-@pytest.mark.parametrize("who", ["a new object", "one that works", "one that waits"])
-def test_killed(directory: Path, queue: FemtoQueue, now: Time, node_id: str, who: str) -> None:
-    """A killed worker's task comes back at the first pop of a new object, to others within 1 s."""
-    with claimed_by(directory, node_id) as worker:
-        set_to_real_time(now)
-        assert drained(queue) == [b"b"]
-        killed(worker)
-        if who == "one that works":
-            found = []
-            while b"a" not in found and len(found) < 11:
-                queue.push(b"more")
-                found.append(drained_one(queue))
-                now.advance(0.1)
-            assert found[-1] == b"a"
-        elif who == "one that waits":
-            task = queue.pop(1.01)
-            assert task and (task.data, task.attempt) == (b"a", 2)
-            queue.done(task)
-        else:
-            queue.push(b"c")
-            assert drained(FemtoQueue(directory, "node-3")) == [b"a", b"c"]
-        now.advance(1.1)
-        drained(queue)
-        assert str(worker.pid) not in " ".join(os.listdir(directory / "in_progress")), "nothing is left"
-
-
-def test_zombie(directory: Path, queue: FemtoQueue) -> None:
-    """A worker that was killed and not yet waited for is dead."""
-    with claimed_by(directory, "node-2") as worker:
-        worker.kill()
-        os.waitid(os.P_PID, worker.pid, os.WEXITED | os.WNOWAIT)  # it is a zombie, and stays one
-        os.kill(worker.pid, 0)
-        assert drained(FemtoQueue(directory, "node-3")) == [b"a", b"b"]
+@pytest.mark.parametrize("who", ["a new object", "one that works", "one that waits", "its parent"])
+def test_killed(queue: FemtoQueue, serve: Spawn, now: Time, node_id: str, who: str) -> None:
+    """A killed worker's task comes back at the first pop of a new object, to others within 1 s; so it
+    does while the worker is a zombie, for which nobody has waited yet."""
+    worker = serve(directory := Path(queue.data_dir), node_id)
+    assert tell(worker, TAKE) == "b'a'"
+    now.set_to_real()
+    assert drained(queue) == [b"b"]
+    worker.kill()
+    os.waitid(os.P_PID, worker.pid, os.WEXITED | os.WNOWAIT)
+    if who != "its parent":
+        worker.wait()
+    if who == "one that works":
+        found = []
+        while b"a" not in found and len(found) < 11:
+            queue.push(b"more")
+            found.append(drained_one(queue))
+            now.advance(0.1)
+        assert found[-1] == b"a"
+    elif who == "one that waits":
+        assert drained_one(queue, 1.01) == b"a"
+    else:
+        queue.push(b"c")
+        assert drained(FemtoQueue(directory, "node-3")) == [b"a", b"c"]
+    now.advance(1.1)
+    drained(queue)
+    assert f"~{worker.pid}~" not in " ".join(os.listdir(directory / "in_progress")), "nothing is left"
 
 
 SYS_EXIT = {"x86_64": 60, "aarch64": 93}.get(platform.machine())
@@ -1914,7 +1671,7 @@ import ctypes, threading
 queue = FemtoQueue(sys.argv[1], "node-2")
 task = queue.pop()
 def work():
-    print(task.id, flush=True)
+    print("claimed", flush=True)
     sys.stdin.readline()
     queue.done(task)
     os._exit(0)
@@ -1922,43 +1679,60 @@ threading.Thread(target=work).start()
 ctypes.CDLL(None).syscall({SYS_EXIT}, 0)
 """
     worker = spawn(code, directory)
-    assert worker.stdout
-    id = worker.stdout.readline().strip()
-    end_s = time.monotonic() + 10
-    while Path(f"/proc/{worker.pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z":
-        assert time.monotonic() < end_s
+    expect(worker, "claimed")
+    process_stat = Path(f"/proc/{worker.pid}/stat")
+    assert becomes("Z", lambda: process_stat.read_text().rpartition(")")[2].split()[0])
     assert drained(FemtoQueue(directory, "node-3")) == [b"b"]
     say(worker)
     assert ending(worker)[1] == 0
-    assert queue.status(id) == "done"
+    assert queue.counts()["done"] == 2
+
+
+FORKS = """
+import signal
+def claim():
+    FemtoQueue(sys.argv[1], "node-2").pop()
+    os.write(pipe[1], b"claimed")
+    signal.pause()
+def fork(work):
+    pid = os.fork()
+    if pid == 0:
+        work()
+    return pid
+pipe = os.pipe()
+worker = fork(claim)
+assert os.read(pipe[0], 7) == b"claimed"
+def kill():
+    os.kill(worker, signal.SIGKILL)
+    os.waitpid(worker, 0)
+"""
 
 
 @needs_pid_namespace
 def test_pid_reused(directory: Path, queue: FemtoQueue) -> None:
     """A PID that was given to another process does not keep the dead one's tasks."""
     code = """
-import signal
-def fork(work):
-    pid = os.fork()
-    if pid == 0:
-        work()
-    return pid
-def claim():
-    FemtoQueue(sys.argv[1], "node-2").pop()
-    os.write(pipe[1], b"claimed")
-    signal.pause()
-pipe = os.pipe()
-dead = fork(claim)
-assert os.read(pipe[0], 7) == b"claimed"
-os.kill(dead, signal.SIGKILL)
-os.waitpid(dead, 0)
+kill()
 time.sleep(0.03)  # start times are in hundredths of a second
 with open("/proc/sys/kernel/ns_last_pid", "w") as file:
-    file.write(str(dead - 1))
-assert fork(signal.pause) == dead
-print(FemtoQueue(sys.argv[1], "node-3").pop().data.decode())
+    file.write(str(worker - 1))
+assert fork(signal.pause) == worker
+print(FemtoQueue(sys.argv[1], "node-3").pop().data)
 """
-    assert run(code, directory, under=NEW_PIDS) == "a\n"
+    assert run(FORKS + code, directory, under=NEW_PIDS) == "b'a'\n"
+
+
+@needs_pid_namespace
+def test_foreign_proc(directory: Path, queue: FemtoQueue) -> None:
+    """Where /proc shows another PID namespace, a live worker is not robbed, and a dead one is seen."""
+    code = """
+assert os.readlink("/proc/self") != str(os.getpid())
+queue = FemtoQueue(sys.argv[1], "node-3")
+print(queue.pop().data, queue.pop())
+kill()
+print(FemtoQueue(sys.argv[1], "node-3").pop().data)
+"""
+    assert run(FORKS + code, directory, under=NEW_PIDS_OLD_PROC) == "b'b' None\nb'a'\n"
 
 
 HIDEPID = ["unshare", "-m", "sh", "-c", 'mount -t proc -o hidepid=$0 proc /proc && exec "$@"']
@@ -1966,169 +1740,79 @@ HIDEPID = ["unshare", "-m", "sh", "-c", 'mount -t proc -o hidepid=$0 proc /proc 
 
 @needs(*HIDEPID, "2", "true")
 @pytest.mark.parametrize("level", ["1", "2"])
-def test_hidepid(open_to_all: Path, level: str) -> None:
+def test_hidepid(open_to_all: Path, serve: Spawn, level: str) -> None:
     """A /proc that cannot be read proves nothing: another user's live worker is not robbed."""
-    queue = FemtoQueue(open_to_all, "node-1")
-    queue.push_many([b"a", b"b"])
-    judge = """
+    FemtoQueue(open_to_all, "node-1").push_many([b"a", b"b"])
+    worker = serve(open_to_all, "node-2")
+    assert tell(worker, TAKE) == "b'a'"
+    for path in [open_to_all, *open_to_all.rglob("*")]:
+        path.chmod(0o777)
+    code = """
 try:
     sys.exit(open(f"/proc/{sys.argv[2]}/stat").read())
 except OSError:
-    pass
-queue = FemtoQueue(sys.argv[1], "node-3")
-print(*[task.data for task in iter(queue.pop, None)])
+    queue = FemtoQueue(sys.argv[1], "node-3")
+    print(*[task.data for task in iter(queue.pop, None)])
 """
-    with claimed_by(open_to_all, "node-2") as worker:
-        for path in [open_to_all, *open_to_all.rglob("*")]:
-            path.chmod(0o777)
-        hidden = [*HIDEPID, level]
-        as_nobody = functools.partial(run, AS_NOBODY + judge, open_to_all, worker.pid, under=hidden)
-        assert as_nobody() == "b'b'\n"
+    for expected in ("b'b'\n", "b'a' b'b'\n"):
+        assert run(AS_NOBODY + code, open_to_all, worker.pid, under=[*HIDEPID, level]) == expected
         killed(worker)
-        assert as_nobody() == "b'a' b'b'\n"
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/stat"), reason="there is no /proc")
 @pytest.mark.parametrize("error", ["EMFILE", "EIO"])
 @pytest.mark.parametrize("call", ["constructor", "first call in a forked child"])
-def test_no_false_identity(
-    directory: Path, queue: FemtoQueue, spawn: Spawn, call: str, error: str
-) -> None:
+def test_no_false_identity(queue: FemtoQueue, serve: Spawn, call: str, error: str) -> None:
     """A process that cannot find out who it is gets OSError; when it can, it is who it is."""
-    code = """
+    code = f"""
 import builtins, errno
-broken = ""
+code, broken, raised = errno.{error}, "", 0
 def fault(real):
     def call(path, *rest, **options):
         if broken and path == broken:
-            raise OSError(getattr(errno, sys.argv[2]), "broken", path)
+            raise OSError(code, "broken", path)
         return real(path, *rest, **options)
     return call
 builtins.open, os.readlink = fault(builtins.open), fault(os.readlink)
-PATHS = [f"/proc/{path}" for path in ("self/stat", "sys/kernel/random/boot_id", "self")]
-PATHS += [f"/proc/self/ns/{kind}" for kind in ("time", "pid")]
+PATHS = [f"/proc/{{path}}" for path in ("self/stat", "sys/kernel/random/boot_id", "self")]
+PATHS += [f"/proc/self/ns/{{kind}}" for kind in ("time", "pid")]
 call = lambda: FemtoQueue(sys.argv[1], "node-1")
-if sys.argv[3] != "constructor":
+if {call != "constructor"}:
     call = call().pop
     broken = PATHS[0]
     if pid := os.fork():
         sys.exit(os.waitpid(pid, 0)[1])
 for broken in PATHS:
     try:
-        print("no error:", call(), flush=True)
+        call()
     except OSError as error:
-        print(error.errno == getattr(errno, sys.argv[2]), error.filename == broken, flush=True)
+        raised += (error.errno, error.filename) == (code, broken)
 broken = ""
 """
-    mine = queue.pop()
-    [name] = os.listdir(directory / "in_progress")
-    process = spawn(code + CLAIM, directory, error, call)  # whose node_id is `error` for the claim
-    for _ in range(5):
-        expect(process, "True True")
-    assert process.stdout and process.stdout.readline()
-    found = {name.split("~")[0]: name.split("~") for name in os.listdir(directory / "in_progress")}
-    assert found[error][3] == name.split("~")[3]
-    assert int(found[error][2]) >= int(name.split("~")[2]) > 0
+    directory, mine = Path(queue.data_dir), queue.pop()
+    [me] = os.listdir(directory / "in_progress")
+    process = serve(directory, "node-2", code=code)
+    assert (tell(process, "raised"), tell(process, TAKE)) == ("5", "b'b'")
+    [other] = {*os.listdir(directory / "in_progress")} - {me}
+    _, _, start, place, _ = other.split("~")
+    assert place == me.split("~")[3] and int(start) >= int(me.split("~")[2]) > 0
     assert len([*directory.glob("clock-*")]) == 1
-    assert queue.pop() is None and FemtoQueue(directory, error).pop() is None, "it is alive"
+    assert queue.pop() is None and FemtoQueue(directory, "node-2").pop() is None, "it is alive"
     assert tell(process, "queue.done(task)") == "None"
     queue.done(mine)
-
-
-def test_hostile_owners(directory: Path, clock: Time) -> None:
-    """Directories that are named almost like an owner, or like one with strange numbers, do no harm."""
-    queue = FemtoQueue(directory, "a")
-    queue.push(b"x")
-    task = queue.pop()
-    place = os.listdir(directory / "in_progress")[0].split("~")[3]
-    strange = [f"a~{pid}~1~{place}~x" for pid in (0, 1, os.getppid(), "9" * 30)]
-    for name in [*strange, *"a a~1~2~3 a~x~1~p~t a~~1~p~t a~1~1~p~t~ ~1~1~p~t".split()]:
-        odd = "not a task" if name in strange else f"{OLD_ID}~1~1700000000000000"
-        put(directory / "in_progress" / name / odd)
-    queue.done(task)
-    before = snapshot(directory)
-    assert queue.pop() is None and queue.counts()["in_progress"] == 0
-    assert snapshot(directory) == before
 
 
 # --- elsewhere ----------------------------------------------------------------------------------------
 
 
 @needs_pid_namespace
-@pytest.mark.parametrize("prefix", [NEW_PIDS, NEW_PIDS_OLD_PROC])
-@pytest.mark.parametrize("node_id", ["node-2", "NODE-1"])  # other letters, another name
-def test_another_pid_namespace(
-    directory: Path, queue: FemtoQueue, now: Time, prefix: list[str], node_id: str
-) -> None:
-    """Of another container's worker of another node_id nothing is known; its lease decides."""
-    with claimed_by(directory, node_id, prefix) as worker:
-        assert drained(queue) == [b"b"]
-        set_to_real_time(now)
-        now.advance(20)
-        assert FemtoQueue(directory, "node-1").pop() is None
-        killed(worker)
-        assert FemtoQueue(directory, "node-3").pop() is None
-        now.advance(11)
-        assert drained(queue) == [b"a"]
-
-
-@needs_pid_namespace
-def test_foreign_proc(directory: Path, queue: FemtoQueue) -> None:
-    """Where /proc shows another PID namespace, a live worker is not robbed, and a dead one is seen."""
-    code = """
-import signal
-pipe = os.pipe()
-worker = os.fork()
-if worker == 0:
-    FemtoQueue(sys.argv[1], "node-2").pop()
-    os.write(pipe[1], b"claimed")
-    signal.pause()
-assert os.read(pipe[0], 7) == b"claimed"
-assert os.readlink("/proc/self") != str(os.getpid())
-queue = FemtoQueue(sys.argv[1], "node-3")
-print(queue.pop().data, queue.pop())
-os.kill(worker, signal.SIGKILL)
-os.waitpid(worker, 0)
-print(FemtoQueue(sys.argv[1], "node-3").pop().data)
-"""
-    assert run(code, directory, under=NEW_PIDS_OLD_PROC) == "b'b' None\nb'a'\n"
-
-
-# What a process does that is told, by `tell`, what to evaluate. argv: data_dir, node_id, lease in ms
-SERVE = """
-queue = FemtoQueue(sys.argv[1], sys.argv[2], float(sys.argv[3]))
-print(os.readlink("/proc/self/ns/pid"), flush=True)
-for line in sys.stdin:
-    try:
-        print(eval(line), flush=True)
-    except NotInProgress:
-        print("NotInProgress", flush=True)
-"""
-TAKE = "(task := queue.pop()) and task.data"
-Serve = Callable[[str, int, list[str]], tuple[Process, str]]
-
-
-@pytest.fixture
-def serve(directory: Path, guard: Callable[[Process], Process]) -> Serve:
-    """Starts a process that has the queue open, under a command prefix; returns it and where it is."""
-
-    def serve(node_id: str, lease_ms: int, under: list[str]) -> tuple[Process, str]:
-        arguments = (directory, node_id, lease_ms)
-        process = guard(start(SERVE, *arguments, under=under, stderr=subprocess.PIPE))
-        assert process.stdout
-        return process, process.stdout.readline()
-
-    return serve
-
-
-@needs_pid_namespace
 def test_two_containers_of_one_name_leave_each_other_their_work(
-    queue: FemtoQueue, serve: Serve
+    directory: Path, queue: FemtoQueue, serve: Spawn
 ) -> None:
     """My node_id elsewhere is dead as far as it claimed before I opened; later its lease decides."""
-    old, old_place = serve("web", 30_000, NEW_PIDS)
+    old = serve(directory, "web", NEW_PIDS)
     assert tell(old, TAKE) == "b'a'"
-    new, new_place = serve("web", 30_000, NEW_PIDS)
+    new = serve(directory, "web", NEW_PIDS)
     assert tell(new, TAKE) == "b'a'", "it was claimed before"
     assert tell(old, "queue.done(task)") == "NotInProgress"
     assert tell(old, TAKE) == "b'b'"
@@ -2137,66 +1821,44 @@ def test_two_containers_of_one_name_leave_each_other_their_work(
     for container in (old, new):
         assert tell(container, "queue.touch(task) or queue.done(task)") == "None"
     assert queue.counts()["done"] == 2
+    places = [tell(container, "os.readlink('/proc/self/ns/pid')[5:-1]") for container in (old, new)]
     log = ending(new)[0]
-    assert "web" in log, "a warning names it"
-    for place in (old_place, new_place):
-        assert "".join(filter(str.isdigit, place)) in log, "and both places"
-
-
-@needs_pid_namespace
-def test_a_claim_under_my_name_after_i_opened_is_kept_for_its_lease(
-    directory: Path, queue: FemtoQueue, serve: Serve
-) -> None:
-    """Whoever claimed under my name after I opened is unknown: its tasks come back by the lease."""
-    mine = FemtoQueue(directory, "web")
-    theirs, _ = serve("web", 3_500, NEW_PIDS)
-    assert tell(theirs, TAKE) == "b'a'"
-    assert drained(mine) == [b"b"]
-    killed(theirs)
-    assert mine.pop() is None
-    task = mine.pop(10)
-    assert task and (task.data, task.attempt) == (b"a", 2)
-
-
-@needs_pid_namespace
-@pytest.mark.parametrize("keep", [True, False], ids=["keep", "delete"])
-def test_who_lost_a_claim_to_another_container_is_told(
-    directory: Path, queue: FemtoQueue, keep: bool
-) -> None:
-    """Whoever lost the claim gets NotInProgress, kept or not, also while its lease still runs."""
-    mine = FemtoQueue(directory, "web", keep_done=keep, keep_failed=keep)
-    task = mine.pop()
-    with claimed_by(directory, "web", NEW_PIDS) as other:
-        for call in ("done(task)", "fail(task)", "retry(task)", "retry(task, 9000)", "touch(task)"):
-            with pytest.raises(NotInProgress):
-                eval(f"mine.{call}")
-            assert mine.status(task.id) == "in_progress"
-        assert tell(other, "(task.data, queue.done(task))") == "(b'a', None)"
-    assert mine.status(task.id) == "done"
+    assert all(word in log for word in ("web", *places)), "a warning names both places"
 
 
 NO_BOOT = ["unshare", "-m", "sh", "-c", 'mount -t proc -o subset=pid proc /proc && exec "$0" "$@"']
 needs_proc_subset = needs(*NO_BOOT, "test", "!", "-e", "/proc/sys")
 
 
+PLACES_ELSEWHERE = {  # under what the worker runs, and under what the one that judges it
+    "container": (NEW_PIDS, []),
+    "container, /proc of the host": (NEW_PIDS_OLD_PROC, []),
+    "no boot": (NO_BOOT, []),
+    "neither has a boot": (NO_BOOT, NO_BOOT),
+}
+
+
+@needs_pid_namespace
 @needs_proc_subset
-@pytest.mark.parametrize(
-    ("node_id", "under"), [("web", NO_BOOT), ("api", NO_BOOT), ("web", [])], ids=["web", "api", "one"]
-)
-def test_where_the_boot_cannot_be_told_the_lease_decides(
-    directory: Path, queue: FemtoQueue, serve: Serve, node_id: str, under: list[str]
+@pytest.mark.parametrize("node_id", ["web", "WEB"])
+@pytest.mark.parametrize("place", PLACES_ELSEWHERE)
+def test_elsewhere_the_lease_decides(
+    directory: Path, queue: FemtoQueue, serve: Spawn, place: str, node_id: str
 ) -> None:
-    """With ProcSubset=pid nobody is judged dead, of either name; a task comes back by its lease."""
-    before = {*os.listdir(directory), *STATES}
-    worker, _ = serve("web", 3_500, NO_BOOT)
-    judge, _ = serve(node_id, 60_000, under)
+    """Of who is elsewhere nothing is known, nor of my node_id after I opened, nor where the boot cannot
+    be told (ProcSubset=pid): a task comes back by its lease, not before, and not later."""
+    under, judged_under = PLACES_ELSEWHERE[place]
+    worker = serve(directory, node_id, under, 3_500)
+    judge = serve(directory, "web", judged_under, 60_000)
     assert tell(worker, TAKE) == "b'a'" and tell(judge, TAKE) == "b'b'"
     assert tell(judge, "queue.pop(1.1)") == tell(worker, "queue.pop()") == "None"
     assert tell(worker, "queue.touch(task)") == "None"
     killed(worker)
-    assert tell(judge, "queue.pop()") == "None"
+    fresh = "FemtoQueue(sys.argv[1], 'other').pop()"
+    assert tell(judge, "queue.pop()") == tell(judge, fresh) == "None"
     assert tell(judge, "(back := queue.pop(10)) and (back.data, back.attempt)") == "(b'a', 2)"
-    assert {*os.listdir(directory)} <= before, "its clock is shared by nothing"
+    if under is NO_BOOT:
+        assert len([*directory.glob("clock-*")]) == 1, "its clock is shared by nothing"
 
 
 @needs_proc_subset
@@ -2232,25 +1894,6 @@ def test_empty_directories_of_owners_elsewhere(directory: Path, clock: Time) -> 
     assert os.listdir(directory / "in_progress" / owners[3]) == [claim]
 
 
-# --- hung: the lease ----------------------------------------------------------------------------------
-
-
-def test_live_owner_past_its_lease(directory: Path, queue: FemtoQueue, now: Time) -> None:
-    """A live owner whose lease ran out is hung: its task comes back, and it is told NotInProgress."""
-    with claimed_by(directory, "node-2") as worker:
-        assert drained(queue) == [b"b"]
-        set_to_real_time(now)
-        now.advance(20)
-        assert queue.pop() is None
-        now.advance(11)
-        task = queue.pop()
-        assert task and (task.data, task.attempt) == (b"a", 2)
-        for call in ("done(task)", "fail(task)", "touch(task)", "retry(task)", "retry(task, 5)"):
-            assert tell(worker, f"queue.{call}") == "NotInProgress"
-        assert queue.status(task.id) == "in_progress"
-        queue.done(task)
-
-
 @pytest.mark.parametrize("asleep", [False, True])
 @pytest.mark.parametrize(("lease_s", "others_s"), [(10, 30), (60, 1), (1, 60)])
 def test_live_owner_within_its_lease(
@@ -2279,9 +1922,6 @@ def test_live_owner_within_its_lease(
 # ====================================================================================================
 
 
-# --- the constructor ----------------------------------------------------------------------------------
-
-
 def test_signature() -> None:
     """The constructor takes what the original's takes, in its order, and more by keyword only."""
     assert str(inspect.signature(FemtoQueue)).replace("'", "").replace(" -> None", "") == (
@@ -2296,7 +1936,7 @@ BAD_ARGUMENTS: dict[tuple[str, type[Exception]], tuple[object, ...]] = {
     ("data_dir", TypeError): (5, None, b"bytes"),
     ("data_dir", ValueError): ("", "a\0b"),
     ("node_id", TypeError): (5, None, b"bytes"),
-    ("node_id", ValueError): ("", "a/b", "a~b", "a\n", "a\0", "\udc80", "é" * 33),
+    ("node_id", ValueError): ("a" * 65, *"|a/b|a~b|a\n|\0|\x7f|\udc80|ü|日|e\u0301|\u00a0".split("|")),
     ("timeout_stale_ms", TypeError): ("5", None, True, b""),
     ("timeout_stale_ms", ValueError): (0, -1, 0.0, NAN, float("inf")),
     ("max_attempts", TypeError): ("5", 1.5, True),
@@ -2311,7 +1951,8 @@ BAD_ARGUMENTS: dict[tuple[str, type[Exception]], tuple[object, ...]] = {
 
 @pytest.mark.parametrize(("argument", "error"), BAD_ARGUMENTS)
 def test_bad_constructor_arguments(directory: Path, argument: str, error: type[Exception]) -> None:
-    """A bad argument gets its error at the call, which names it, before anything is written."""
+    """A bad argument, or a node_id that is not printable ASCII, gets its error at the call, which names
+    it, before anything is written."""
     for value in BAD_ARGUMENTS[argument, error]:
         arguments = {"data_dir": directory, "node_id": "a", argument: value}
         with pytest.raises(error, match=argument):
@@ -2323,12 +1964,10 @@ def test_bad_constructor_arguments(directory: Path, argument: str, error: type[E
 @pytest.mark.parametrize("kind", ["file", "dangling link", "link loop", "/proc"])
 def test_a_data_dir_that_is_no_directory(tmp_path: Path, kind: str, below: str) -> None:
     """Where a file, a link that leads nowhere, or a filesystem refuses: an OSError with its path."""
-    path = tmp_path / "queue"
+    path = Path("/proc/femtoqueue") if kind == "/proc" else tmp_path / "queue"
     if kind == "file":
         put(path)
-    elif kind == "/proc":
-        path = Path("/proc/femtoqueue")
-    else:
+    elif kind != "/proc":
         path.symlink_to("nowhere" if kind == "dangling link" else "queue")
     before = snapshot(tmp_path, times=True)
     with pytest.raises(OSError) as caught:
@@ -2338,61 +1977,52 @@ def test_a_data_dir_that_is_no_directory(tmp_path: Path, kind: str, below: str) 
     assert snapshot(tmp_path, times=True) == before
 
 
-# --- push, push_many ----------------------------------------------------------------------------------
+# --- push, push_many, push_file -----------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "data",
-    [b"x", bytearray(b"x"), memoryview(b"x"), memoryview(b"-x-")[1:2]],
-    ids=lambda data: type(data).__name__,
-)
-def test_bytes_like(directory: Path, clock: Time, data: bytes) -> None:
-    """Payloads are bytes-like, of any kind; data_dir is a str or a path, and made if need be."""
-    queue = FemtoQueue(str(directory / "deep" / "er"), "a")
-    queue.push(data)
-    queue.push_many([data])
-    queue.schedule(data, NOW_US)
-    assert drained(FemtoQueue(directory / "deep" / "er", "b")) == [b"x"] * 3
+def test_maxsize_among_what_others_hide(directory: Path, refuse: Refusal) -> None:
+    """A bucket that another user keeps to himself does not stop a push; what is seen is counted."""
+    q = FemtoQueue(directory, "node", maxsize=2)
+    hidden = put(directory / "pending" / "1700000000000000" / "1700000000000000_x").parent
+    refuse("list", hidden.name, errno.EACCES)
+    for _ in range(2):
+        q.push(b"x")
+    with pytest.raises(Full):
+        q.push(b"x")
+    refuse.rules.clear()
+    refuse("list", hidden.name, errno.EIO)
+    with pytest.raises(OSError, match=hidden.name):  # which is no reason to go beyond the limit
+        q.push(b"x")
 
 
-@durable_or_not
-def test_push_many_keeps_order(directory: Path, durable: bool) -> None:
-    """push_many takes any iterable of bytes-likes, returns their ids in order, and none is no task."""
-    q = FemtoQueue(directory, "node", sync_after_write=durable)
-    items = [b"%d" % n for n in range(250)] + [bytearray(b"x"), memoryview(b"y"), b""]
-    ids = q.push_many(iter(items))
-    assert ids == sorted(set(ids)) == list(q.ids("pending"))
-    assert drained(q) == [bytes(item) for item in items]
-    assert q.push_many([]) == []
-    assert names(directory, "creating") == []
+@pytest.mark.parametrize("maxsize", [10, 11])
+def test_maxsize_where_names_are_listed_twice(
+    directory: Path, monkeypatch: pytest.MonkeyPatch, maxsize: int
+) -> None:
+    """A directory that lists names twice makes a queue no fuller."""
+
+    @contextlib.contextmanager
+    def scandir(path: str) -> Iterator[Iterable[os.DirEntry[str]]]:
+        with REAL["scandir"](path) as entries:
+            yield list(entries) * 2
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    queue = FemtoQueue(directory, "a", maxsize=maxsize)
+    assert len([queue.push(b"x") for _ in range(maxsize)]) == maxsize
+    with pytest.raises(Full):
+        queue.push(b"x")
 
 
-@durable_or_not
-@pytest.mark.parametrize("bad", ["text", None, 5, ZeroDivisionError, "emptied"], ids=str)
-def test_push_many_that_fails_has_pushed_a_prefix(directory: Path, bad: object, durable: bool) -> None:
-    """On an error, be it of an item, of the iterable, or that creating/ was emptied: a prefix."""
-    q = FemtoQueue(directory, "node", sync_after_write=durable)
-
-    def items() -> Iterator[Any]:
-        yield b"0"
-        yield b"1"
-        if bad == "emptied":
-            for path in (directory / "creating").iterdir():
-                path.unlink()
-        elif bad is ZeroDivisionError:
-            raise ZeroDivisionError
-        else:
-            yield bad
-        yield b"3"
-
-    try:
-        ids = q.push_many(items())
-    except (TypeError, ZeroDivisionError, FileNotFoundError):
-        found = drained(q)
-        assert found == [b"0", b"1"][: len(found)]
-    else:  # its files had left creating/ before
-        assert bad == "emptied" and not durable and ids == list(q.ids("pending"))
-    assert names(directory, "creating") == []
+def test_maxsize_where_times_are_coarse(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It holds where a directory's time moves in steps of two seconds, as on vfat and exfat."""
+    q, step_ns = FemtoQueue(directory, "node", maxsize=20), 10**18
+    monkeypatch.setattr(time, "time_ns", lambda: step_ns + 1_900_000_000)
+    for _ in range(60):
+        with contextlib.suppress(Full):
+            q.push(b"x")
+        for bucket in (directory / "pending").iterdir():
+            os.utime(bucket, ns=(step_ns, step_ns))
+    assert q.counts()["pending"] == 20
 
 
 def test_push_many_takes_back_the_last_ones_first(
@@ -2419,6 +2049,31 @@ def test_push_many_takes_back_the_last_ones_first(
 
 
 @durable_or_not
+def test_push_takes_bytes_likes(directory: Path, clock: Time, durable: bool) -> None:
+    """Payloads are bytes-like, of any kind; push_many takes any iterable of them, and returns their ids
+    in order; data_dir is a str or a path, and made if need be."""
+    q = FemtoQueue(str(directory / "deep" / "er"), "a", sync_after_write=durable)
+    items = [b"x", bytearray(b"x"), memoryview(b"-x-")[1:2], b"", *(b"%d" % n for n in range(250))]
+    ids = [*q.push_many(iter(items)), *map(q.push, items), *q.push_many([])]
+    assert ids == sorted(set(ids)) == list(q.ids("pending"))
+    for item in items[:3]:
+        q.schedule(item, NOW_US)
+    assert drained(FemtoQueue(directory / "deep" / "er", "b")) == [*map(bytes, items * 2), *[b"x"] * 3]
+
+
+@durable_or_not
+@pytest.mark.parametrize("fails", ["an item", "the iterable"])
+def test_push_many_that_fails_has_pushed_a_prefix(directory: Path, fails: str, durable: bool) -> None:
+    """On an error, be it of an item or of the iterable, what was pushed is a prefix."""
+    q = FemtoQueue(directory, "node", sync_after_write=durable)
+    items = (b"%d" % n if n < 2 else "text" if fails == "an item" else 1 / 0 for n in range(4))
+    with pytest.raises((TypeError, ZeroDivisionError)):
+        q.push_many(items)
+    found = drained(q)
+    assert found == [b"0", b"1"][: len(found)] and names(directory, "creating") == []
+
+
+@durable_or_not
 def test_maxsize_is_exact_for_one_producer(directory: Path, durable: bool) -> None:
     """Every push raises queue.Full when maxsize tasks are pending, not before; a pop makes room."""
     q = FemtoQueue(directory, "node", maxsize=5, sync_after_write=durable)
@@ -2427,57 +2082,28 @@ def test_maxsize_is_exact_for_one_producer(directory: Path, durable: bool) -> No
         q.push_many(b"%d" % n for n in range(20))
     pushed = drained(q)
     assert pushed == [b"%d" % n for n in range(5)][: len(pushed)]
-    assert len(q.push_many([b"x"] * 4)) == 4
-    q.push(b"x")
-    calls: list[Callable[[], object]] = [
-        *(lambda: q.push(b"x"), lambda: q.push_many([b"x"])),
-        *(lambda: q.push_file(file), lambda: q.push_file(file, move=True)),
-    ]
-    for call in calls:
+    assert len(q.push_many([b"x"] * 4)) == 4 and q.push(b"x")
+    for call in ("push(b'x')", "push_many([b'x'])", "push_file(file)", "push_file(file, move=True)"):
         with pytest.raises(Full, match="5 tasks are pending"):
-            call()
+            eval(f"q.{call}")
     assert file.exists() and names(directory, "creating") == []
-    assert q.pop()
-    q.push(b"y")
+    assert q.pop() and q.push(b"y")
     with pytest.raises(Full):
         q.push(b"z")
     assert q.counts()["pending"] == 5
 
 
-def test_maxsize_among_what_others_hide(directory: Path, refuse: Refusal) -> None:
-    """A bucket that another user keeps to himself does not stop a push; what is seen is counted."""
-    q = FemtoQueue(directory, "node", maxsize=2)
-    hidden = put(directory / "pending" / "1700000000000000" / "1700000000000000_x").parent
-    refuse("list", hidden.name, errno.EACCES)
-    for _ in range(2):
-        q.push(b"x")
-    with pytest.raises(Full):
-        q.push(b"x")
-    refuse.rules.clear()
-    refuse("list", hidden.name, errno.EIO)
-    with pytest.raises(OSError, match=hidden.name):  # which is no reason to go beyond the limit
-        q.push(b"x")
-
-
 @pytest.mark.parametrize("how", ["due", "retried", "requeued", "abandoned"])
 def test_maxsize_counts_what_comes_back(directory: Path, clock: Time, how: str) -> None:
     """Tasks that fall due or come back take up room, though the producer counted before them."""
-    q = FemtoQueue(directory, "node", maxsize=10)
-    other = FemtoQueue(directory, "other", 1_000)
-    if how == "due":
-        for _ in range(12):
-            q.schedule(b"later", NOW_US)
-    else:
-        other.push_many([b"earlier"] * 12)
-        claims = [other.pop() for _ in range(12)]
-        if how == "requeued":
-            for claim in claims:
-                other.fail(claim)
+    q, other = FemtoQueue(directory, "node", maxsize=10), FemtoQueue(directory, "other", 1_000)
+    ids = [q.schedule(b"later", NOW_US) if how == "due" else other.push(b"earlier") for _ in range(12)]
+    claims = [other.pop() for _ in ids if how != "due"]
+    for claim in claims if how == "requeued" else ():
+        other.fail(claim)
     q.push(b"x")  # from here on, it has room for some, and need not count
-    for claim in claims if how == "retried" else ():
-        q.retry(claim)
-    for id in list(q.ids("failed")):
-        q.requeue(id)
+    for id, claim in zip(ids, claims, strict=False):
+        q.requeue(id) if how == "requeued" else how == "retried" and q.retry(claim)
     clock.advance(2.2)
     assert q.pop()
     for pending in (12, 10):
@@ -2485,11 +2111,7 @@ def test_maxsize_counts_what_comes_back(directory: Path, clock: Time, how: str) 
             while True:
                 q.push(b"y")
         assert q.counts()["pending"] == pending
-        for _ in range(3):
-            assert q.pop()
-
-
-# --- push_file ----------------------------------------------------------------------------------------
+        assert q.pop() and q.pop() and q.pop()
 
 
 @durable_or_not
@@ -2518,7 +2140,7 @@ def test_push_file_copies_or_moves(
 
 @pytest.mark.parametrize("other", [False, True], ids=["same filesystem", "another filesystem"])
 def test_a_durable_move_syncs_content_and_both_sides(
-    directory: Path, places: list[Path], monkeypatch: pytest.MonkeyPatch, other: bool
+    directory: Path, places: list[Path], monkeypatch: Patch, other: bool
 ) -> None:
     """A durable move fsyncs the file's content, and the directory that it came from."""
     if len(places) <= other:
@@ -2527,103 +2149,90 @@ def test_a_durable_move_syncs_content_and_both_sides(
     q = FemtoQueue(directory, "node", sync_after_write=True)
     q.cancel(q.push(b"first"))
     synced: list[tuple[str, bool]] = []
-    real = os.fsync
-    monkeypatch.setattr(
-        os, "fsync", lambda fd: (synced.append((synced_path(fd), source.exists())), real(fd))[1]
-    )
-    id = q.push_file(source, move=True)
+
+    def fsync(descriptor: int) -> None:
+        synced.append((synced_path(descriptor), source.exists()))
+        REAL["fsync"](descriptor)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    assert q.status(q.push_file(source, move=True)) == "pending" and not source.exists()
     assert (str(source.parent), False) in synced
     content = f"{directory}/creating/" if other else str(source)
-    first = [path for path, _ in synced if not os.path.isdir(path)]
-    assert any(path.startswith(content) for path in first), "nor is its content"
-    assert q.status(id) == "pending" and not source.exists()
+    assert any(path.startswith(content) and not os.path.isdir(path) for path, _ in synced)
 
 
 @pytest.mark.parametrize("move", [False, True], ids=["copy", "move"])
-@pytest.mark.parametrize(
-    ("name", "error"),
-    [
-        *((name, ValueError) for name in ("fifo", "dir", "link to fifo", "/dev/null", "link to file")),
-        *((name, FileNotFoundError) for name in ("dangling", "missing")),
-    ],
-)
-def test_push_file_refuses_what_is_no_file(
-    directory: Path, tmp_path: Path, name: str, error: type[Exception], move: bool
-) -> None:
+def test_push_file_refuses_what_is_no_file(directory: Path, tmp_path: Path, move: bool) -> None:
     """What is no file raises, a FIFO at once, and a link that is to be moved; nothing is changed."""
     q = FemtoQueue(directory, "node")
-    put(tmp_path / "file")
+    assert q.cancel(q.push(b"first"))
     os.mkfifo(tmp_path / "fifo")
-    (tmp_path / "dir").mkdir()
-    (tmp_path / "dangling").symlink_to("nowhere")
-    for target in ("fifo", "file"):
-        (tmp_path / f"link to {target}").symlink_to(target)
-    if name == "link to file" and not move:
-        assert q.push_file(tmp_path / name)
-        return
+    put(tmp_path / "dir" / "file")
+    links = ("nowhere", "fifo", "dir/file")
+    for number, target in enumerate(links):
+        (tmp_path / f"link-{number}").symlink_to(target)
     before = snapshot(tmp_path)
-    with pytest.raises((ValueError, error), match=re.escape(name)):
-        q.push_file(tmp_path / name, move=move)
-    assert {*snapshot(tmp_path)} - {*before} <= {os.fsencode(p) for p in directory.glob("clock-*")}
-    assert q.counts()["pending"] == 0
-
-
-# --- schedule -----------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("hours", [9, 5.5, -3, 0])
-def test_schedule_takes_an_aware_datetime(directory: Path, clock: Time, hours: float) -> None:
-    """A datetime is due at its instant, whatever its time zone."""
-    q = FemtoQueue(directory, "node")
-    zone = datetime.timezone(datetime.timedelta(hours=hours))
-    id = q.schedule(b"x", datetime.datetime.fromtimestamp(clock.wall + 60, zone))
-    assert names(directory, "scheduled") == [f"{id}~0~{int((clock.wall + 60) * 1e6)}"]
-    clock.advance(59.9)
-    assert q.pop() is None
-    clock.advance(0.1)
-    assert q.pop().id == id
+    for name in ("fifo", "dir", "link-1", "/dev/null", "link-0", "missing", *["link-2"][:move]):
+        missing = name == "missing" or (name == "link-0" and not move)
+        with pytest.raises(FileNotFoundError if missing else ValueError, match=re.escape(name)):
+            q.push_file(tmp_path / name, move=move)
+        assert snapshot(tmp_path) == before
+    assert move or q.status(q.push_file(tmp_path / "link-2")) == "pending"
 
 
 # --- pop ----------------------------------------------------------------------------------------------
 
 
-def test_timeout_is_never_early(directory: Path) -> None:
-    """pop(timeout) never returns early."""
-    queue = FemtoQueue(directory, "a")
-    for timeout_s in (0, 0.001, 0.1):
-        begun_s = time.clock_gettime(time.CLOCK_BOOTTIME)
-        assert queue.pop(timeout_s) is None
-        assert time.clock_gettime(time.CLOCK_BOOTTIME) - begun_s >= timeout_s
-
-
-def test_timeout_to_the_point(directory: Path, clock: Time, monkeypatch: pytest.MonkeyPatch) -> None:
-    """pop(timeout) ends when the time is over, not a poll later, and sleeps meanwhile."""
-    queue = FemtoQueue(directory, "a")
-    sleeps: list[float] = []
-    monkeypatch.setattr(time, "sleep", lambda seconds: (sleeps.append(seconds), clock.advance(seconds)))
-    begun_s = clock.boot
-    assert queue.pop(timeout=5.0001) is None
-    assert 0 <= clock.boot - begun_s - 5.0001 < 2e-6
-    assert 10 < len(sleeps) < 1_500
-    assert queue.pop() is None and queue.pop(0.0) is None
-    assert clock.boot - begun_s < 5.001, "without a timeout nobody sleeps"
-
-
-def test_a_lease_begins_with_the_claim(
+def test_a_lease_begins_with_its_claim(
     directory: Path, clock: Time, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """What a pop had to do before costs its task none of the lease: another worker leaves it alone."""
+    one, other = (FemtoQueue(directory, node_id, 1_000, max_attempts=1) for node_id in "ab")
+    *broken, good = one.push_many([b"x"] * 5)
+    for id in broken:
+        next(directory.glob(f"pending/*/{id}")).write_bytes(b"rot")
+    seen: list[FemtoTask | None] = []
+
+    def rename(source: str, target: str) -> None:
+        REAL["rename"](source, target)
+        if "/corrupt/" in target:
+            clock.advance(0.3)
+        elif good in target:
+            seen.append(other.pop())
+
+    monkeypatch.setattr(os, "rename", rename)
+    task = one.pop()
+    assert task and task.id == good and seen == [None]
+
+
+def test_a_signal_handler_pops_while_buckets_are_opened(directory: Path) -> None:
+    """A pop that comes in the midst of a pop: neither raises, and each task is delivered once."""
+    for at in range(1, 10_000, 7):
+        queue = FemtoQueue(directory, "a", keep_done=False)
+        for number in range(12):  # of two producers
+            bucket = directory / f"pending/{10**15 + number % 2}.0000000{number % 2}"
+            put(bucket / f"{10**15 + number}_x")
+        got: list[FemtoTask | None] = []
+        with Lines(at, lambda: got.append(queue.pop())) as lines:  # noqa: B023
+            got += [queue.pop() for _ in range(6)]
+        got += [queue.pop() for _ in range(6)]
+        ids = [task.id for task in got if task]
+        assert sorted(ids) == [f"{10**15 + number}_x" for number in range(12)]
+        for task in got:
+            if task:
+                queue.done(task)
+        queue.close()
+        if lines.count < at:
+            return
+
+
+def test_a_lease_begins_with_the_claim(directory: Path, clock: Time, monkeypatch: Patch) -> None:
     """However long the look before a claim takes, the claim has a full lease."""
     q = FemtoQueue(directory, "node", timeout_stale_ms=1_000)
     for _ in range(5):
         q.schedule(b"x", NOW_US + 1_000_000)
     clock.advance(2)
-    rename = os.rename
-
-    def slow(source: str, target: str) -> None:
-        clock.advance(0.9)
-        rename(source, target)
-
-    monkeypatch.setattr(os, "rename", slow)
+    monkeypatch.setattr(os, "rename", lambda *paths: (clock.advance(0.9), REAL["rename"](*paths)))
     task = q.pop()
     assert task
     deadline_us = int(Path(task.path).name.split("~")[2])
@@ -2632,10 +2241,9 @@ def test_a_lease_begins_with_the_claim(
 
 def test_never_none_while_due(directory: Path, clock: Time) -> None:
     """pop never returns None while a task is due, however recently it looked; nor 1 s after a lease."""
-    queue = FemtoQueue(directory, "a")
+    queue, other = FemtoQueue(directory, "a"), FemtoQueue(directory, "b", 300)
     queue.schedule(b"due", NOW_US + 500_000)
     queue.push(b"leased")
-    other = FemtoQueue(directory, "b", 300)
     assert other.pop()
     assert queue.pop() is None
     clock.advance(0.5)
@@ -2645,63 +2253,32 @@ def test_never_none_while_due(directory: Path, clock: Time) -> None:
     assert sorted(found + drained(queue)) == [b"due", b"leased"]
 
 
-def test_never_none_after_lost_races(
-    directory: Path, queue: FemtoQueue, now: Time, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.usefixtures("now")
+def test_never_none_after_lost_races(queue: FemtoQueue, serve: Spawn, monkeypatch: Patch) -> None:
     """pop never returns None for what a worker skips because others were quicker to claim."""
-    rival = FemtoQueue(directory, "node-2")
+    queue.push_many([b"c", b"d"])
+    worker, rival = serve(queue.data_dir, "node-3"), FemtoQueue(queue.data_dir, "node-2")
+    assert tell(worker, TAKE) == "b'a'"  # where no other process is, nobody skips
     lost: list[FemtoTask | None] = []
-    rename = os.rename
 
     def rename_too_late(source: str, target: str) -> None:
         if len(lost) < 2 and "/in_progress/node-1~" in target:
             lost.append(rival.pop())
-        rename(source, target)
+        REAL["rename"](source, target)
 
-    queue.push_many([b"c", b"d"])
-    with claimed_by(directory, "node-3"):  # of "a"; where no other process is, nobody skips
-        monkeypatch.setattr(os, "rename", rename_too_late)
-        task = queue.pop()
-    assert [task and task.data for task in (*lost, task)] == [b"b", b"c", b"d"]
-
-
-@pytest.mark.parametrize(
-    ("call", "code"), [("rename", errno.ENOENT), ("rename", errno.EIO), ("open", errno.EIO)]
-)
-def test_what_was_claimed_at_the_second_try_is_not_taken_back(
-    directory: Path, clock: Time, monkeypatch: pytest.MonkeyPatch, call: str, code: int
-) -> None:
-    """What a fault, or another worker that put it back, kept from being claimed at first is had by the
-    same pop, and then kept like any other."""
-    queue = FemtoQueue(directory, "a")
-    assert queue.cancel(queue.push(b"0"))
-    id = queue.push(b"1")
-    real, failures = getattr(os, call), iter([code])
-
-    def in_vain(path: str, *rest: Any) -> Any:
-        if "/in_progress/" in (path, *rest)[call == "rename"] and (code := next(failures, None)):
-            raise OSError(code, os.strerror(code), path)
-        return real(path, *rest)
-
-    monkeypatch.setattr(os, call, in_vain)
+    monkeypatch.setattr(os, "rename", rename_too_late)
     task = queue.pop()
-    clock.advance(1.1)
-    assert queue.pop() is next(failures, None) is None and task and task.id == id
-    queue.done(task)
+    assert [task and task.data for task in (*lost, task)] == [b"b", b"c", b"d"]
 
 
 def test_an_alarm_in_pop_leaves_no_claim_to_its_lease(scratch: Path) -> None:
     """A signal handler raises at any line of pop: the same object delivers all, and at once."""
-
-    def ring() -> None:
-        raise ZeroDivisionError
-
     kept = []  # no line of an end that comes late is counted
     for at in itertools.count(1):
         kept.append(q := FemtoQueue(scratch / str(at), "node"))
         q.push_many([b"1", b"2", b"3"])
         try:
-            with Lines(at, ring):
+            with Lines(at, lambda: 1 / 0):
                 assert q.pop()
             break
         except ZeroDivisionError:
@@ -2710,151 +2287,49 @@ def test_an_alarm_in_pop_leaves_no_claim_to_its_lease(scratch: Path) -> None:
     assert at > 50
 
 
-# --- done, fail ---------------------------------------------------------------------------------------
+# --- done, fail, retry, touch -------------------------------------------------------------------------
 
+VERDICTS = {
+    "done": lambda q, task: q.done(task),
+    "fail": lambda q, task: q.fail(task),
+    "retry": lambda q, task: q.retry(task),
+    "retry-later": lambda q, task: q.retry(task, 1_000),
+}
 TASK_CALLS = {**VERDICTS, "touch": lambda q, task: q.touch(task)}
 AFTER = dict(zip(TASK_CALLS, ("done", "failed", "pending", "scheduled", "in_progress"), strict=True))
-keep_or_not = pytest.mark.parametrize("keep", [True, False], ids=["keep", "delete"])
 
 
-@keep_or_not
-@pytest.mark.parametrize("first", VERDICTS)
-def test_a_task_is_finished_once(directory: Path, first: str, keep: bool) -> None:
-    """After one verdict every other, the same one and touch raise NotInProgress, and change nothing."""
-    q = FemtoQueue(directory, "node", keep_done=keep, keep_failed=keep)
-    for second in TASK_CALLS:
-        q.push(b"x")
-        task = q.pop()
-        VERDICTS[first](q, task)
-        before = snapshot(directory, times=True)
-        for _ in range(2):
-            with pytest.raises(NotInProgress, match=f"^{re.escape(task.id)} was finished already$"):
-                TASK_CALLS[second](q, task)
-            assert snapshot(directory, times=True) == before
-        for id in q.ids("pending"):
-            q.cancel(id)
-
-
-@keep_or_not
-@pytest.mark.parametrize("through", ["another object", "the same"])
+@pytest.mark.parametrize("keep", [True, False], ids=["keep", "delete"])
+@pytest.mark.parametrize("how", [*VERDICTS, "lease", "own lease", "close", "drop", "another queue"])
 @pytest.mark.parametrize("call", TASK_CALLS)
-def test_a_lost_claim_has_no_verdict(
-    directory: Path, clock: Time, call: str, through: str, keep: bool
+def test_a_task_is_finished_once_and_by_who_has_it(
+    directory: Path, clock: Time, call: str, how: str, keep: bool
 ) -> None:
-    """Whose lease ran out gets NotInProgress, however often he tries, and whatever the next one did."""
-    q = FemtoQueue(directory, "node", keep_done=keep, keep_failed=keep)
-    other = FemtoQueue(directory, "other", keep_done=keep, keep_failed=keep)
+    """Who finished a task, or lost its claim, gets NotInProgress for every verdict, however often he
+    tries, and whatever the next one did; who has it from another directory a ValueError. Nothing changes."""
+    options = {"keep_done": keep, "keep_failed": keep}
+    q, other = FemtoQueue(directory, "node", **options), FemtoQueue(directory, "other", **options)
     q.push(b"x")
     lost = q.pop()
-    clock.advance(31.1)
-    task = (q if through == "the same" else other).pop()
-    assert (lost.attempt, task.attempt) == (1, 2)
-    for finish in (lambda: None, lambda: other.done(task)):
+    clock.advance(31.1 if "lease" in how else 0)
+    if how in VERDICTS:
+        VERDICTS[how](q, lost)
+    elif how == "close":
+        q.close()
+    elif how == "drop":
+        del q
+    through = FemtoQueue(directory.with_name("third"), "node") if how == "another queue" else other
+    through = through if how in ("close", "drop", "another queue") else q
+    task = None if how in VERDICTS else (q if how == "own lease" else other).pop()
+    error = ValueError if how == "another queue" else NotInProgress
+    for finish in (lambda: None, lambda: task and other.done(task)):
         finish()
-        before = files(directory)
+        before = files(directory.parent)
         for _ in range(2):
-            with pytest.raises(NotInProgress, match=re.escape(lost.id)):
-                TASK_CALLS[call](q, lost)
-            assert files(directory) == before and lost.lost
-
-
-@keep_or_not
-@pytest.mark.parametrize("call", TASK_CALLS)
-def test_a_task_of_another_queue(directory: Path, clock: Time, call: str, keep: bool) -> None:
-    """What was popped from another directory: every verdict is a ValueError, and changes nothing."""
-    mine = FemtoQueue(directory, "node", keep_done=keep, keep_failed=keep)
-    theirs = FemtoQueue(directory.with_name("other"), "node")
-    for queue in (mine, theirs):
-        queue.push(b"x")
-    held, task = mine.pop(), theirs.pop()
-    before = snapshot(directory.parent, times=True)
-    for _ in range(2):
-        with pytest.raises(ValueError, match=f"task: {re.escape(task.id)} is of another queue"):
-            TASK_CALLS[call](mine, task)
-        assert snapshot(directory.parent, times=True) == before
-    mine.done(held)
-    theirs.done(task)
-
-
-@pytest.mark.parametrize("how", ["popped by way of a link", "finished by way of a link", "moved"])
-@pytest.mark.parametrize("call", TASK_CALLS)
-def test_a_task_of_the_same_queue_under_another_path(directory: Path, call: str, how: str) -> None:
-    """A directory that has another name, or two, is one queue: what was popped from it is finished."""
-    directory.mkdir()
-    link = directory.with_name("link")
-    link.symlink_to(directory)
-    queue = FemtoQueue(link if how.startswith("popped") else directory, "node")
-    id = queue.push(b"x")
-    task = queue.pop()
-    if how == "moved":
-        link.unlink()
-        directory.rename(link)
-    other = FemtoQueue(directory if how.startswith("popped") else link, "other")
-    TASK_CALLS[call](other, task)
-    assert other.status(id) == AFTER[call]
-    if call == "touch":
-        other.done(task)
-    with pytest.raises(NotInProgress):
-        other.done(task)
-
-
-@durable_or_not
-def test_finished_tasks_need_not_be_kept(directory: Path, durable: bool) -> None:
-    """keep_done=False and keep_failed=False delete at done and fail, and the reason with it."""
-    q = FemtoQueue(directory, "node", sync_after_write=durable, keep_done=False, keep_failed=False)
-    for finish in (q.done, q.fail, lambda task: q.fail(task, "why")):
-        id = q.push(b"x")
-        finish(q.pop())
-        assert q.status(id) is None and not any(id in name for name in files(directory))
-
-
-@keep_or_not
-@pytest.mark.parametrize("how", ["pickled", "after a fork", "after its lease"])
-def test_done_that_raised_can_be_made_again(directory: Path, clock: Time, how: str, keep: bool) -> None:
-    """A done whose fsync failed returns when made again, whatever came between; a third one raises."""
-    q = FemtoQueue(directory, "node", sync_after_write=True, keep_done=keep)
-    id = q.push(b"x")
-    task = q.pop()
-    if how == "pickled":
-        task = pickle.loads(pickle.dumps(task))
-    elif how == "after a fork":
-        os.waitpid(forked(lambda: None), 0)
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(OSError):
-        break_call(patch, "fsync", 0)
-        q.done(task)
-    if how == "after its lease":
-        clock.advance(31)
-    q.done(task)
-    assert q.status(id) == ("done" if keep else None)
-    with pytest.raises(NotInProgress):
-        q.done(task)
-    assert q.pop() is None
-
-
-@pytest.mark.parametrize("reason", ["on fire", "two\nlines\n", "größe 日本", "x" * 10**5, None])
-@pytest.mark.parametrize("end", ["requeue", "purge"])
-def test_a_reason_is_kept_until_the_task_is_requeued_or_purged(
-    directory: Path, reason: str | None, end: str
-) -> None:
-    """The reason is kept as text beside the failed task until that is requeued or purged."""
-    queue = FemtoQueue(directory, "a")
-    id = queue.push(b"x")
-    queue.fail(queue.pop(), reason)
-    assert FemtoQueue(directory, "b").reason(id) == reason
-    assert names(directory, "failed") == [id, f"{id}~reason"][: 2 if reason else 1]
-    if reason:
-        assert (directory / "failed" / f"{id}~reason").read_text("utf-8") == reason
-    assert [*queue.ids("failed")] == [id] and queue.status(f"{id}~reason") is None
-    put(directory / "failed" / f"{OLD_ID}~reason")  # what a crash leaves is no task
-    assert queue.counts("failed") == {"failed": 1} and queue.reason(OLD_ID) is None
-    assert (queue.requeue(id) if end == "requeue" else queue.purge("failed", 0)) == 1
-    assert queue.reason(id) is None and not any(id in name for name in names(directory, "failed"))
-    if end == "requeue":
-        queue.fail(queue.pop())
-        assert queue.reason(id) is None
-
-
-# --- retry --------------------------------------------------------------------------------------------
+            with pytest.raises(error, match=lost.id):
+                TASK_CALLS[call](through, lost)
+            assert files(directory.parent) == before
+    assert "lease" not in how or (lost.lost and task.attempt == 2)
 
 
 @pytest.mark.parametrize("delay_ms", [0, 1_000])
@@ -2862,19 +2337,19 @@ def test_a_reason_is_kept_until_the_task_is_requeued_or_purged(
 def test_max_attempts_end_in_failed(
     directory: Path, clock: Time, keep_failed: bool, delay_ms: int
 ) -> None:
-    """After max_attempts deliveries retry, with or without a delay, is fail."""
+    """After max_attempts deliveries retry, with or without a delay, is fail, which keeps or deletes."""
     q = FemtoQueue(directory, "node", max_attempts=2, keep_failed=keep_failed)
     id = q.push(b"x")
-    q.retry(q.pop(), delay_ms)
-    clock.advance(1)
-    q.retry(q.pop(), delay_ms)
-    assert q.status(id) == ("failed" if keep_failed else None)
-    assert q.pop() is None and sum(q.counts().values()) == keep_failed
+    for _ in range(2):
+        q.retry(q.pop(), delay_ms)
+        clock.advance(1)
+    q.push(b"y")
+    q.fail(q.pop(), "why")
+    assert q.status(id) == ("failed" if keep_failed else None) and q.pop() is None
+    assert len(names(directory, "failed")) == (4 if keep_failed else 0), "two tasks and their reasons"
 
 
-def test_a_task_that_kills_its_worker_does_not_take_the_queue_down(
-    directory: Path, spawn: Spawn
-) -> None:
+def test_a_task_that_kills_its_worker(directory: Path, spawn: Spawn) -> None:
     """Claimed, SIGKILL, claimed again: after max_attempts it is in failed/ and the next one runs."""
     worker = """
 import signal
@@ -2882,40 +2357,16 @@ def handle(task):
     print(task.attempt, task.data.decode(), flush=True)
     if task.data == b"poison":
         os.kill(os.getpid(), signal.SIGKILL)
-print("done", FemtoQueue(sys.argv[1], "node", max_attempts=3).run(handle, until_empty=True))
+FemtoQueue(sys.argv[1], "node", max_attempts=3).run(handle, until_empty=True)
 """
     q = FemtoQueue(directory, "producer")
     poison, _ = q.push_many([b"poison", b"behind"])
     for attempt in (1, 2, 3):
         assert ending(spawn(worker, directory)) == (f"{attempt} poison\n", -signal.SIGKILL)
     out, status = ending(spawn(worker, directory))
-    assert (out.splitlines()[:2], status) == (["1 behind", "done 1"], 0)
+    assert out.startswith("1 behind\n") and status == 0
     assert f"{poison} has used up its 3 attempts" in out
-    assert q.counts() == dict.fromkeys(STATES, 0) | {"done": 1, "failed": 1}
-
-
-# --- touch, and the lease -----------------------------------------------------------------------------
-
-
-def test_touch_begins_a_new_lease(directory: Path, clock: Time) -> None:
-    """touch begins a new full lease; task.lost is true once that is over, by the clock."""
-    queue, other = FemtoQueue(directory, "a"), FemtoQueue(directory, "b")
-    id = queue.push(b"x")
-    task = queue.pop()
-    for _ in range(5):
-        clock.advance(29)
-        queue.touch(task)
-        assert other.pop() is None
-    assert Path(task.path).read_bytes() == task.data == b"x"
-    clock.advance(29.9)
-    assert other.pop() is None and not task.lost
-    clock.advance(0.2)
-    assert task.lost
-    FemtoQueue(directory, "c", 60_000).touch(task)  # whose lease it is then
-    clock.advance(59)
-    assert not task.lost and other.pop() is None
-    clock.advance(2.1)
-    assert task.lost and other.pop().id == id
+    assert counted(q) == {"done": 1, "failed": 1}
 
 
 def test_lost_though_no_other_thread_could_run(directory: Path) -> None:
@@ -2959,35 +2410,28 @@ async def coroutine(task: FemtoTask) -> None:
     """Never runs, if nobody awaits it."""
 
 
-def generator(task: FemtoTask) -> Iterator[FemtoTask]:
-    yield task
-
-
 async def async_generator(task: FemtoTask) -> Any:
     yield task
 
 
-@pytest.mark.parametrize("handler", [coroutine, generator, async_generator])
+@pytest.mark.parametrize("handler", [coroutine, async_generator, lambda task: (x for x in [task])])
+@pytest.mark.filterwarnings("ignore:coroutine:RuntimeWarning")
 def test_a_handler_that_has_not_run(directory: Path, handler: Callable[[FemtoTask], Any]) -> None:
     """A handler that returns what somebody else must run is a TypeError, and the task comes back."""
     q = FemtoQueue(directory, "node", max_attempts=1)
     id = q.push(b"x")
-    made: list[Any] = []
 
     def handle(task: FemtoTask) -> object:
-        made.append(handler(task))
-        return made[0]
+        return handler(task)
 
     with pytest.raises(TypeError, match=r"^handler: .*asyncio\.run\(handler\(task\)\)"):
         q.run(handle, until_empty=True)
-    if handler is not async_generator:
-        made[0].close()  # or Python warns that it was never awaited
-    assert (q.status(id), len(made)) == ("pending", 1)
+    assert q.status(id) == "pending"
 
 
 @pytest.mark.parametrize("error", [RuntimeError("no"), *map(SystemExit, (0, 3, "no", None))], ids=repr)
 def test_run_logs_and_retries_what_the_handler_raises_from(
-    directory: Path, clock: Time, caplog: pytest.LogCaptureFixture, error: BaseException
+    directory: Path, clock: Time, caplog: Any, error: BaseException
 ) -> None:
     """An exception, SystemExit too, is logged and the task retried with exponential backoff up to
     max_attempts; then the traceback is its reason."""
@@ -2999,23 +2443,17 @@ def test_run_logs_and_retries_what_the_handler_raises_from(
             raise error
 
     for attempt in (1, 2, 3, 4):
-        caplog.clear()
         assert q.run(misfit, until_empty=True) == (attempt == 1), "the other task is done"
-        (record,) = caplog.records
-        assert record.name == "femtoqueue" and id in record.getMessage()
-        assert "in misfit" in caplog.text and f"{type(error).__name__}: {error}" in caplog.text
-        if attempt == 4:
-            break
-        (name,) = names(directory, "scheduled")
-        delay_s = int(name[-16:]) / 1e6 - clock.wall
-        assert 0.499 <= delay_s / 2 ** (attempt - 1) <= 1.501
-        assert q.pop() is None and q.reason(id) is None
-        clock.advance(delay_s + 1e-3)
+        assert len(caplog.messages) == attempt and id in caplog.messages[-1]
+        if attempt < 4:
+            [name] = names(directory, "scheduled")
+            delay_s = int(name[-16:]) / 1e6 - clock.wall
+            assert 0.499 <= delay_s / 2 ** (attempt - 1) <= 1.501
+            assert q.pop() is None and q.reason(id) is None
+            clock.advance(delay_s + 1e-3)
     assert [q.status(id), q.status(good)] == ["failed", "done"]
-    assert "Traceback" in q.reason(id) and "in misfit" in q.reason(id)
-    assert f"{type(error).__name__}" in q.reason(id).splitlines()[-1]
-    clock.advance(1e6)
-    assert q.pop() is None
+    for text in (caplog.text, q.reason(id)):
+        assert "Traceback" in text and "in misfit" in text and type(error).__name__ in text
 
 
 def test_backoff_has_jitter_and_a_limit(directory: Path, clock: Time) -> None:
@@ -3032,52 +2470,27 @@ def test_backoff_has_jitter_and_a_limit(directory: Path, clock: Time) -> None:
 @pytest.mark.parametrize("raises", [False, True], ids=["returns", "raises"])
 @pytest.mark.parametrize("call", VERDICTS)
 def test_a_handler_may_finish_its_task_itself(
-    directory: Path, caplog: pytest.LogCaptureFixture, call: str, raises: bool
+    directory: Path, clock: Time, caplog: Any, call: str, raises: bool
 ) -> None:
     """The handler's own verdict stays, whatever it does then, and no lease is said to be lost."""
-    q = FemtoQueue(directory, "node")
+    q = FemtoQueue(directory, "node", max_attempts=2)
     id = q.push(b"x")
-    attempts: list[int] = []
 
     def handle(task: FemtoTask) -> None:
-        attempts.append(task.attempt)
-        if len(attempts) < 3:
-            VERDICTS[call](q, task) if call != "retry-later" else q.retry(task, 1e6)
-            if raises:
-                raise ZeroDivisionError("behind it")
+        VERDICTS[call](q, task)
+        if raises:
+            raise ZeroDivisionError("behind it")
 
-    handled = q.run(handle, until_empty=True)
-    assert attempts == ([1, 2, 3] if call == "retry" else [1]), "a retry is delivered at once"
-    failed = min(len(attempts), 2) if raises else 0
-    assert handled == len(attempts) - failed
-    assert q.status(id) == ("done" if call == "retry" else AFTER[call])
-    assert "lease" not in caplog.text and len(caplog.messages) == failed
-
-
-def test_until_empty_does_all_that_is_due_and_waits_for_nothing(directory: Path, clock: Time) -> None:
-    """until_empty handles pending and due tasks, also those that come meanwhile, then returns."""
-    q = FemtoQueue(directory, "node")
-    q.push(b"pending")
-    q.schedule(b"due", NOW_US + 1_000_000)
-    q.schedule(b"later", NOW_US + 10**10)
-    clock.advance(2)
-    handled = []
-
-    def handle(task: FemtoTask) -> None:
-        if not handled:
-            q.push(b"pushed meanwhile")
-        handled.append(task.data)
-
-    assert q.run(handle, until_empty=True) == 3
-    assert handled == [b"pending", b"due", b"pushed meanwhile"]
-    assert counted(q) == {"scheduled": 1, "done": 3}
+    count = 2 if call == "retry" else 1  # it is delivered at once
+    assert q.run(handle, until_empty=True) == (0 if raises else count)
+    assert q.status(id) == ("failed" if call == "retry" else AFTER[call])
+    assert "lease" not in caplog.text
+    assert sum("behind it" in (r.exc_text or "") for r in caplog.records) == (count if raises else 0)
 
 
 def test_the_handler_is_told_that_its_lease_was_lost(directory: Path, spawn: Spawn) -> None:
     """Stopped past its lease: another has the task; task.lost says so, and run leaves it alone."""
     worker = """
-import logging
-logging.basicConfig(stream=sys.stdout, format="%(message)s")
 q = FemtoQueue(sys.argv[1], "worker", timeout_stale_ms=300)
 def handle(task):
     print("begun", flush=True)
@@ -3095,7 +2508,7 @@ print(q.run(handle, until_empty=True))
     assert (task.id, task.attempt) == (id, 2)
     process.send_signal(signal.SIGCONT)
     out, status = ending(process)
-    assert (out.splitlines()[0], out.splitlines()[-1], status) == ("lost", "0", 0)
+    assert out.startswith("lost\n0\n") and status == 0
     assert f"{id}: its lease was lost" in out
     q.done(task)
 
@@ -3104,7 +2517,6 @@ print(q.run(handle, until_empty=True))
 def test_a_process_that_a_handler_forked_leaves_the_task_alone(directory: Path, end: str) -> None:
     """A handler may fork, however the child ends: the task stays its parent's."""
     code = f"""
-import logging
 q, other = FemtoQueue(sys.argv[1], "node"), FemtoQueue(sys.argv[1], "other")
 q.push(b"x")
 parent = os.getpid()
@@ -3113,7 +2525,6 @@ def handle(task):
         os.waitpid(pid, 0)
         print(q.status(task.id), other.pop())
     else:
-        logging.disable()
         {end}
 try:
     print(q.run(handle, until_empty=True), q.counts("done"))
@@ -3124,77 +2535,38 @@ finally:
     assert run(code, directory) == "in_progress None\n1 {'done': 1}\n"
 
 
-@pytest.mark.skipif(not INTERPRETERS, reason="this Python has one interpreter")
-def test_run_in_a_subinterpreter(directory: Path) -> None:
-    """run and calls that wait work in a second interpreter: without daemon threads, without signals."""
-    code = """
-import importlib
-interpreters = importlib.import_module(sys.argv[2])
-other = interpreters.create(**({"isolated": False} if sys.version_info < (3, 12) else {}))
-text = '''
-import sys, time
-sys.path[:0] = PATH
-from femtoqueue import FemtoQueue
-q = FemtoQueue(DIR, "node", timeout_stale_ms=400)
-q.push_many([b"1", b"2"])
-lost = []
-def handle(task):
-    time.sleep(1)  # more than two leases
-    lost.append(task.lost)
-print(q.run(handle, until_empty=True), lost, q.pop(timeout=0.05), q.join(timeout=0.05), flush=True)
-'''
-text = text.replace("PATH", repr(sys.path)).replace("DIR", repr(sys.argv[1]))
-print(interpreters.run_string(other, text) or "", end="")
-"""
-    assert run(code, directory, INTERPRETERS[0]) == "2 [False, False] None True\n"
-
-
-# --- run, and other queues ----------------------------------------------------------------------------
-
-
 def test_also_looks_into_the_queues_in_their_order_before_each_task(tmp_path: Path) -> None:
-    """run(handler, also=[q2, q3]) looks into its own queue first, then into the others, each time."""
+    """run(handler, also=[q2, q3]) looks into its own queue first, then into the others, each time, and
+    until_empty handles what comes meanwhile, and waits for nothing."""
     q1, q2, q3 = queues = [FemtoQueue(tmp_path / name, "node") for name in "123"]
     q3.push_many([b"3a", b"3b", b"3c"])
     q2.push(b"2a")
-    q3.schedule(b"3d", time.time_ns() // 1000 + 10**12)
+    q3.schedule(b"3d", LATER_US)
     pushed = {b"2a": (q1, b"1a"), b"3a": (q2, b"2b"), b"2b": (q1, b"1b"), b"3c": (q1, b"1c")}
-    seen: list[bytes] = []
+    handled: list[bytes] = []
 
     def handle(task: FemtoTask) -> None:
         assert task.queue is queues[int(task.data[:1]) - 1]
-        seen.append(task.data)
+        handled.append(task.data)
         if task.data in pushed:
             queue, data = pushed[task.data]
             queue.push(data)
 
     assert q1.run(handle, also=[q2, q3], until_empty=True) == 8
-    assert b" ".join(seen) == b"2a 1a 3a 2b 1b 3b 3c 1c"
+    assert b" ".join(handled) == b"2a 1a 3a 2b 1b 3b 3c 1c"
     assert [*map(counted, queues)] == [{"done": 3}, {"done": 2}, {"scheduled": 1, "done": 3}]
-    q1.push(b"x")
-    task = q1.pop()
-    assert task and task.queue is None
 
 
 def test_also_verdicts_are_those_of_the_right_queue(tmp_path: Path) -> None:
     """Each task has the backoff, the max_attempts and the keeping of its own queue."""
     q1 = FemtoQueue(tmp_path / "1", "node")
     q2 = FemtoQueue(tmp_path / "2", "node", max_attempts=1, keep_done=False)
-    ids = q1.push_many([b"raises", b"ok"])
-    more = q2.push_many([b"raises", b"ok", b"fails", b"later"])
-
-    def handle(task: FemtoTask) -> None:
-        if task.data == b"raises":
-            raise ValueError("no")
-        if task.data == b"fails":
-            task.queue.fail(task, "because")
-        if task.data == b"later":
-            task.queue.touch(task)
-            task.queue.retry(task, 10**6)
-
-    q1.run(handle, also=[q2], until_empty=True)
+    ids = q1.push_many([b"raise ValueError('no')", b"pass"])
+    more = q2.push_many([b"raise ValueError('no')", b"pass", b"task.queue.fail(task, 'because')"])
+    more.append(q2.push(b"task.queue.touch(task); task.queue.retry(task, 10**6)"))
+    q1.run(lambda task: exec(task.data), also=[q2], until_empty=True)
     assert [q1.status(id) for id in ids] == ["scheduled", "done"]
-    # max_attempts=1: another delivery of "later" there is none
+    # max_attempts=1: another delivery of the last one there is none
     assert [q2.status(id) for id in more] == ["failed", None, "failed", "failed"]
     assert "no" in q2.reason(more[0]) and q2.reason(more[2]) == "because"
 
@@ -3230,11 +2602,7 @@ def test_also_waits_for_all_of_them(tmp_path: Path) -> None:
 # --- signals are deferred, not swallowed --------------------------------------------------------------
 
 WORKER = """
-import resource, signal, threading
-resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-for name in ("TERM", "INT", "HUP", "QUIT"):  # a background job of a script ignores some
-    signal.signal(getattr(signal, "SIG" + name), signal.SIG_DFL)
-signal.signal(signal.SIGINT, signal.default_int_handler)
+import signal
 q, second = (FemtoQueue(sys.argv[1] + name, "worker") for name in ("", "-2"))
 def handle(task):
     print("begun", task.data.decode(), flush=True)
@@ -3243,7 +2611,7 @@ def mine(number, frame):
     print("mine", number, flush=True)
 def late(number, frame):
     raise TimeoutError("late")
-def caught(*_):
+def caught():
     try:
         q.run(handle)
     except (TimeoutError, KeyboardInterrupt) as error:
@@ -3252,135 +2620,78 @@ def by_turns():
     while True:
         q.run(handle, until_empty=True)
         second.run(handle, until_empty=True)
-def takes_it(task):
-    before = signal.signal(signal.SIGTERM, lambda *_: None)
-    signal.raise_signal(signal.SIGTERM)
-    signal.signal(signal.SIGTERM, before)
-    handle(task)
-def in_thread():
-    stopped = threading.Event()
-    signal.signal(signal.SIGTERM, lambda *_: (q.stop(), stopped.set()))
-    thread = threading.Thread(target=q.run, args=(lambda task: (handle(task), stopped.wait(10)),))
-    thread.start()
-    thread.join()
-    print("ended")
 """
 TERM, INT, HUP, QUIT = signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT
-IS_NOW = "signal.getsignal(signal.SIGTERM) is"
+RETURNS = "signal.signal(15, mine); print(q.run(handle), signal.getsignal(15) is mine)"
+RAISES = "signal.signal(15, late); caught(); print(signal.getsignal(15) is late)"
 # What is signalled, how the worker runs, what it prints afterwards, its exit status.
 DEFERRED: dict[str, tuple[int, str, str, int]] = {
-    "SIGTERM": (TERM, "q.run(handle)", "", -15),
-    "SIGINT": (INT, "q.run(handle)", "", -2),
-    "SIGHUP": (HUP, "q.run(handle)", "", -1),
-    "SIGQUIT": (QUIT, "q.run(handle)", "", -3),
+    **{number.name: (number, "q.run(handle)", "", -number) for number in (TERM, INT, HUP, QUIT)},
     "until empty": (TERM, "q.run(handle, until_empty=True)", "", -15),
     "a loop around run": (TERM, "while True: q.run(handle, until_empty=True); time.sleep(1)", "", -15),
     "two queues by turns": (TERM, "by_turns()", "", -15),
     "also": (TERM, "q.run(handle, also=[second])", "", -15),
     "nested": (TERM, "second.run(lambda task: q.run(handle))", "", -15),
-    "nested and caught": (INT, "second.run(caught)", "", -2),
     "KeyboardInterrupt": (INT, "caught()", "caught \n", 0),
-    "its handler returns": (
-        TERM,
-        f"signal.signal(signal.SIGTERM, mine); print(q.run(handle), {IS_NOW} mine)",
-        *("mine 15\n1 True\n", 0),
-    ),
+    "its handler returns": (TERM, RETURNS, "mine 15\n1 True\n", 0),
     "its handler exits": (TERM, "signal.signal(15, lambda *_: sys.exit(5)); q.run(handle)", "", 5),
-    "its handler raises": (
-        TERM,
-        f"signal.signal(signal.SIGTERM, late); caught(); print({IS_NOW} late)",
-        *("caught late\nTrue\n", 0),
-    ),
-    "taken by the task for a while": (TERM, "q.run(takes_it)", "", -15),
-    "run in a thread, and stop": (TERM, "in_thread()", "ended\n", 0),
+    "its handler raises": (TERM, RAISES, "caught late\nTrue\n", 0),
     "a task that fails": (TERM, "q.run(lambda task: (handle(task), 1 / 0))", "", -15),
 }
 
 
-@pytest.fixture
-def three(directory: Path) -> Callable[[], list[str | None]]:
-    """Tells the states of tasks 1 and 2, and of 3 in a second queue."""
-    queues = [FemtoQueue(f"{directory}{name}", "producer") for name in ("", "-2")]
-    ids = [*queues[0].push_many([b"1", b"2"]), queues[1].push(b"3")]
-    return lambda: [queues[n // 2].status(id) for n, id in enumerate(ids)]
-
-
-@pytest.mark.parametrize("case", DEFERRED)
-def test_a_signal_waits_for_the_task_in_hand(
-    directory: Path, spawn: Spawn, three: Callable[[], list[str | None]], case: str
-) -> None:
-    """Deferred, not swallowed: the program's own handler is called, or the signal ends the program."""
-    number, code, printed, status = DEFERRED[case]
-    process = spawn(WORKER + code, directory)
-    expect(process, "begun 1")
-    process.send_signal(number)
-    say(process)
-    assert ended(process) == (printed, status)
-    # With two nested runs, the task of the outer one is in hand, too.
-    first = "scheduled" if "fails" in case else "done"
-    assert three() == [first, "pending", "done" if "nested" in case else "pending"]
-    task = FemtoQueue(directory, "next").pop()
-    assert task and (task.data, task.attempt) == (b"2", 1)
+WAITS = ("SIGTERM", "SIGINT", "also", "nested", "its handler returns")
+TWICE = ("SIGTERM", "SIGINT", "nested", "its handler exits")
 
 
 @pytest.mark.parametrize(
-    "case", ["SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT", "also", "nested", "its handler returns"]
+    ("case", "when"),
+    [(c, "in hand") for c in DEFERRED] + [(c, "waits") for c in WAITS] + [(c, "twice") for c in TWICE],
 )
-def test_a_signal_ends_a_run_that_waits(directory: Path, spawn: Spawn, case: str) -> None:
-    """With no task in hand, the signal does at once what it would have done without run."""
+def test_signals_are_deferred(directory: Path, spawn: Spawn, case: str, when: str) -> None:
+    """Not swallowed: after the task in hand, at once if there is none, the program's own handler is called,
+    or the signal ends the program. A second signal gives the task back at once."""
     number, code, printed, status = DEFERRED[case]
-    q = FemtoQueue(directory, "producer")
-    q.push(b"1")
-    if case == "nested":
-        FemtoQueue(f"{directory}-2", "producer").push(b"3")
+    q, second = (FemtoQueue(f"{directory}{name}", "producer") for name in ("", "-2"))
+    ids = q.push_many([b"1", b"2"])
+    second.push(b"3")
+    if when == "waits":
+        assert q.cancel(ids[1]) and (case == "nested" or second.purge("pending", 0))
     process = spawn(WORKER + code, directory)
     expect(process, "begun 1")
-    say(process)
-    assert q.join(timeout=15)
+    if when == "waits":
+        say(process)
+        assert becomes("done", lambda: q.status(ids[0]))
     process.send_signal(number)
+    if when == "in hand":
+        say(process)
+    end = time.monotonic() + 15
+    while when == "twice" and process.poll() is None and time.monotonic() < end:
+        process.send_signal(number)  # one that comes too soon after another is the same
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(0.1)
     assert ended(process) == (printed, status)
+    # With two nested runs, the task of the outer one is in hand, too.
+    nested = {"done": 1} if case == "nested" and when != "twice" else {"pending": 1}
+    assert counted(second) == ({} if when == "waits" and case != "nested" else nested)
+    expected = {"waits": None, "in hand": (b"2", 1), "twice": (b"1", 2)}[when]
+    task = FemtoQueue(directory, "next").pop()
+    assert (task and (task.data, task.attempt)) == expected
+    first = "scheduled" if "fails" in case else "done"
+    assert q.status(ids[0]) == ("in_progress" if when == "twice" else first)
 
 
-@pytest.mark.parametrize("number", [HUP, QUIT])
-def test_a_handler_that_was_not_set_from_python_is_there_afterwards(
-    directory: Path, spawn: Spawn, number: int
-) -> None:
+def test_a_handler_that_was_not_set_from_python_is_there_afterwards(directory: Path) -> None:
     """The handlers from before are restored, also those of C (faulthandler, an embedding program)."""
-    code = f"""
+    code = """
 import faulthandler
-faulthandler.register({int(number)}, file=sys.stdout)
+faulthandler.register(signal.SIGHUP, file=sys.stdout)
 q.run(handle, until_empty=True)
-signal.raise_signal({int(number)})
+signal.raise_signal(signal.SIGHUP)
 print("alive")
 """
-    out, status = ended(spawn(WORKER + code, directory))
-    assert status == 0 and "most recent call first" in out and out.endswith("alive\n")
-
-
-SECOND: dict[str, tuple[list[int], str, set[int]]] = {
-    "TERM": ([TERM], "q.run(handle)", {-15}),
-    "INT": ([INT], "q.run(handle)", {-2}),
-    "QUIT": ([QUIT], "q.run(handle)", {-3}),
-    "both": ([TERM, INT], "q.run(handle)", {-15, -2}),
-    "own handler": ([TERM], "signal.signal(15, lambda *_: sys.exit(5)); q.run(handle)", {5}),
-    "nested": ([TERM], "second.run(lambda task: q.run(handle))", {-15}),
-}
-
-
-@pytest.mark.parametrize("case", SECOND)
-def test_a_second_signal_gives_the_task_back_at_once(
-    directory: Path, spawn: Spawn, three: Callable[[], list[str | None]], case: str
-) -> None:
-    """A second signal gives the task back at once; the exit status is the signal's."""
-    numbers, code, statuses = SECOND[case]
-    process = spawn(WORKER + code, directory)
-    expect(process, "begun 1")
-    signalled_until_it_ends(process, *numbers)
-    out, status = ended(process)
-    assert out == "" and status in statuses
-    assert three() == ["pending", "pending", "pending"]
-    task = FemtoQueue(directory, "next").pop()
-    assert task and (task.data, task.attempt) == (b"1", 2)
+    out = run(WORKER + code, directory)
+    assert "most recent call first" in out and out.endswith("alive\n")
 
 
 @pytest.mark.parametrize("what", ["SIGTERM", "stop"])
@@ -3408,9 +2719,6 @@ def test_interrupted_at_any_line_of_run(scratch: Path, what: str) -> None:
         assert (at, counts["pending"] + counts["done"]) == (at, 2)
 
 
-# --- stop ---------------------------------------------------------------------------------------------
-
-
 class Gate:
     """A handler that waits until it is let go."""
 
@@ -3422,32 +2730,25 @@ class Gate:
         assert self.go.wait(20)
 
 
-@pytest.mark.parametrize("how", ["thread", "handler", "two runs", "also", "nested"])
+@pytest.mark.parametrize("how", ["two runs", "also", "nested"])
 def test_stop_ends_every_run_after_the_task_in_hand(directory: Path, how: str) -> None:
     """stop: every run of this object ends after the task in hand; what waits stays pending."""
     q, more = FemtoQueue(directory, "node"), FemtoQueue(f"{directory}-2", "node")
     q.push_many([b"1", b"2", b"3"])
-    gates = [Gate(), Gate()][: 2 if how == "two runs" else 1]
-    free = [*gates]
-
-    def handle(task: FemtoTask) -> None:
-        free.pop()(task)
-        if how == "handler":
-            q.stop()
-
-    calls: dict[str, Callable[[], int]] = {
-        "also": lambda: q.run(handle, also=[more]),
-        "nested": lambda: q.run(lambda task: q.run(handle) and None),
+    gates = [Gate(), Gate()]
+    calls: dict[str, Callable[[Gate], int]] = {
+        "two runs": q.run,
+        "also": lambda gate: q.run(gate, also=[more]),
+        "nested": lambda gate: gate is gates[0] and q.run(lambda task: q.run(gate) and None),
     }
-    runs = [in_thread(calls.get(how, lambda: q.run(handle))) for _ in gates]
-    assert all(gate.begun.wait(10) for gate in gates)
-    if how != "handler":
-        q.stop()
+    runs = [in_thread(calls[how], gate) for gate in gates]
+    used = gates[: 1 if how == "nested" else 2]
+    assert all(gate.begun.wait(10) for gate in used)
+    q.stop()
     for gate in gates:
         gate.go.set()
-    assert [ran.result(10) for ran in runs] == [1] * len(gates)
-    done = 2 if how in ("two runs", "nested") else 1
-    assert counted(q) == {"done": done, "pending": 3 - done}
+    assert [ran.result(10) for ran in runs] == [1, 1][: len(used)] + [False] * (how == "nested")
+    assert counted(q) == {"done": 2, "pending": 1}
 
 
 def test_stop_ends_what_is_begun_later_at_once_and_nothing_else(directory: Path) -> None:
@@ -3468,21 +2769,6 @@ def test_stop_ends_what_is_begun_later_at_once_and_nothing_else(directory: Path)
     assert drained(other) == [b"1", b"2"]
 
 
-# --- status, counts, ids, claims ----------------------------------------------------------------------
-
-
-def test_ids_are_oldest_first(directory: Path, clock: Time) -> None:
-    """ids are oldest first, those of scheduled tasks as they are due; counts counts what is asked."""
-    q = FemtoQueue(directory, "node")
-    due = [q.schedule(b"x", NOW_US + s * 1_000_000) for s in (5000, 9, 70, 600)]
-    ids = [q.push(b"%d" % n) for n in range(3)]
-    assert list(q.ids("scheduled")) == [due[1], due[2], due[3], due[0]]
-    for task in reversed([q.pop() for _ in ids]):
-        q.done(task)
-    assert list(q.ids("done")) == ids
-    assert q.counts("done", "scheduled") == {"done": 3, "scheduled": 4}
-
-
 HOSTILE_IDS = [
     *("", ".", "..", "*", "../../secret", "/etc/passwd", f"../done/{OLD_ID}"),
     *(f"{OLD_ID}/../../../secret", f"{OLD_ID}\0", f"{OLD_ID[:20]}\0{OLD_ID[21:]}", f"{OLD_ID}\n"),
@@ -3490,22 +2776,14 @@ HOSTILE_IDS = [
 ]
 
 
-@pytest.mark.parametrize("id", [OLD_ID, *HOSTILE_IDS], ids=ascii)
-def test_a_hostile_id_never_reaches_the_filesystem(directory: Path, id: str) -> None:
+def test_a_hostile_id_never_reaches_the_filesystem(directory: Path) -> None:
     """An id that is no task's name is no task: no system call ever sees it."""
     q = FemtoQueue(directory, "node")
     put(directory.parent / "secret")
-    calls: list[object] = []
-
-    def note(name: str, *args: Any, **options: Any) -> Any:
-        calls.append(args)
-        return REAL[name](*args, **options)
-
-    with Steps(1, note, once=False):
-        assert q.status(id) is None
-        assert q.cancel(id) is q.requeue(id) is False
-        assert q.reason(id) is None
-    assert any(OLD_ID in str(call) for call in calls) if id == OLD_ID else calls == []
+    for id in [*HOSTILE_IDS, OLD_ID]:
+        calls = calls_of(lambda id=id: [call(id) for call in (q.status, q.cancel, q.requeue, q.reason)])
+        assert (calls == []) is (id != OLD_ID), id
+        assert q.status(id) is q.reason(id) is None and q.cancel(id) is q.requeue(id) is False
 
 
 MOVES = ["successor", "retry", "retry later"]
@@ -3516,13 +2794,13 @@ MOVES = ["successor", "retry", "retry later"]
 )
 @pytest.mark.parametrize("moves", [2, 4, 12])
 def test_a_task_that_moves_during_a_scan_does_not_slip_through(
-    directory: Path, clock: Time, monkeypatch: pytest.MonkeyPatch, look: str, move: str, moves: int
+    directory: Path, clock: Time, monkeypatch: Patch, look: str, move: str, moves: int
 ) -> None:
     """join is True only if there was such a moment; status never misses what exists all the while."""
     queue, observer = FemtoQueue(directory, "a"), FemtoQueue(directory, "b")
     id = queue.push(b"x")
     held = queue.pop()
-    left, real = 0, os.scandir
+    left = 0
 
     def scandir(path: Any = ".") -> Any:
         """Before the directory is read that the task is in, it goes to one that was read before."""
@@ -3539,142 +2817,78 @@ def test_a_task_that_moves_during_a_scan_does_not_slip_through(
             else:
                 held = queue.retry(held, 1 if move == "retry later" else 0)
             left = before - 1
-        return real(path)
+        return REAL["scandir"](path)
 
     monkeypatch.setattr(os, "scandir", scandir)
     for _ in range(10):
         left = moves
-        seen = observer.join(0) if look == "join" else observer.status(id)
-        assert seen in ([False] if look == "join" else ["scheduled", "pending", "in_progress"])
+        found = observer.join(0) if look == "join" else observer.status(id)
+        assert found in ([False] if look == "join" else ["scheduled", "pending", "in_progress"])
         assert left < moves, "it scanned"
         left = 0
         clock.advance(1)
         held = held or queue.pop()
 
 
-def test_a_task_retried_for_ever_is_always_there(scratch: Path, spawn: Spawn) -> None:
-    """Beside a process that retries the one task on and on, join(0) is False, status never None."""
+def test_what_exists_all_the_while_is_always_listed(scratch: Path, spawn: Spawn) -> None:
+    """Beside a process that retries one task, and renews the leases of others, on and on: join is False,
+    status never None, and ids reports no claim absent."""
     queue = FemtoQueue(scratch / "queue", "a")
-    id = queue.push(b"x")
-    code = "q = FemtoQueue(sys.argv[1], 'b'); print('go', flush=True)\nwhile True: q.retry(q.pop(9))"
-    expect(spawn(code, scratch / "queue"), "go")
-    wrong = [(queue.join(0), queue.status(id)) for _ in range(1_000)]
-    wrong = [pair for pair in wrong if pair[0] or pair[1] not in ("pending", "in_progress")]
-    assert not wrong, f"{len(wrong)} of 1,000: {wrong[:3]}"
-
-
-def test_claims_being_renewed_are_always_listed(scratch: Path, spawn: Spawn) -> None:
-    """ids never reports a claim absent that exists all the while, though its lease is renewed."""
-    queue = FemtoQueue(scratch / "queue", "a")
-    ids = queue.push_many([b"%d" % number for number in range(600)])
+    id, *ids = queue.push_many([b"%d" % number for number in range(600)])
     code = """
 queue = FemtoQueue(sys.argv[1], "b", 10**6)
-tasks = [queue.pop() for _ in range(600)]
+first, *tasks = [queue.pop() for _ in range(600)]
 print("go", flush=True)
 while True:
     for task in tasks:
         queue.touch(task)
+        queue.retry(first)
+        first = queue.pop()
 """
     expect(spawn(code, scratch / "queue"), "go")
-    missing = [len(ids) - len({*queue.ids("in_progress")}) for _ in range(100)]
-    assert not any(missing), f"{sum(map(bool, missing))} of 100 listings"
+    for _ in range(50):
+        assert {*ids} <= {*queue.ids("in_progress")}
+        assert queue.status(id) in ("pending", "in_progress")
+        assert queue.join(0) is False
 
 
 def test_a_renewed_lease_does_not_hide_since_when_a_claim_runs(directory: Path, clock: Time) -> None:
-    """claims tells of each claim whose it is, its attempt, since when it runs, and what is left."""
+    """claims tells of each claim whose it is, and if that one is alive or cannot be judged from here, its
+    attempt, since when it runs, and what is left."""
     queue = FemtoQueue(directory, "a")
     queue.push(b"x")
     queue.retry(queue.pop())
+    put(directory / "in_progress" / DEAD_OWNER / f"{OLD_ID}~1~{NOW_US + HOUR_US}")
     task = queue.pop()
     for _ in range(4):
         clock.advance(20)
         queue.touch(task)
     clock.advance(5)
-    [claim] = FemtoQueue(directory, "b").claims()
+    elsewhere, claim = sorted(FemtoQueue(directory, "b").claims(), key=lambda claim: claim["id"])
+    assert (elsewhere["id"], elsewhere["alive"]) == (OLD_ID, "unknown")
     expected = {"id": task.id, "attempt": 2, "node_id": "a", "pid": os.getpid(), "alive": "yes"}
     times = {"since_s": pytest.approx(85, abs=0.01), "lease_left_s": pytest.approx(25, abs=0.01)}
     assert claim == expected | times
-    queue.done(task)
-    assert queue.claims() == []
 
 
-@needs_pid_namespace
-@pytest.mark.parametrize(("under", "alive"), [([], ("yes", "no")), (NEW_PIDS, ("unknown", "unknown"))])
-def test_claims_tell_who_is_alive(
-    directory: Path, queue: FemtoQueue, under: list[str], alive: tuple[str, str]
-) -> None:
-    """A claim's owner is alive, dead, or cannot be judged from here; and looking takes no task."""
-    with claimed_by(directory, "b", under) as worker:
-        assert [claim["alive"] for claim in queue.claims()] == [alive[0]]
-        killed(worker)
-        observer = FemtoQueue(directory, "c")  # what an older one learned holds for a second
-        assert [(claim["node_id"], claim["alive"]) for claim in observer.claims()] == [("b", alive[1])]
-        assert queue.counts()["in_progress"] == 1
-
-
-# --- cancel, requeue, purge ---------------------------------------------------------------------------
-
-
-def test_a_bucket_removed_meanwhile_is_no_error(
-    directory: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A durable cancel that emptied a bucket returns True, also when a worker removes the bucket."""
-    q = FemtoQueue(directory, "node", sync_after_write=True)
-    id = q.push(b"x")
-    [bucket] = (directory / "pending").iterdir()
-    real = os.unlink
-    monkeypatch.setattr(os, "unlink", lambda path: (real(path), bucket.rmdir())[0])
-    assert q.cancel(id) is True
-
-
-@durable_or_not
-def test_requeue_gives_a_fresh_start(directory: Path, clock: Time, durable: bool) -> None:
-    """A failed, corrupt or done task is pending again, at its old place, with no delivery used up; a
-    scheduled one is pending now, behind all that is pending, attempts kept."""
-    q = FemtoQueue(directory, "node", sync_after_write=durable, max_attempts=2)
-    ids = q.push_many([b"failed", b"done", b"corrupt", b"last"])
-    next((directory / "pending").rglob(ids[2])).write_bytes(b"broken!")
-    q.retry(q.pop())
-    q.retry(q.pop())
-    q.done(q.pop())
-    assert q.pop().id == ids[3]
-    assert [q.status(id) for id in ids] == ["failed", "done", "corrupt", "in_progress"]
-    (directory / "corrupt" / ids[2]).write_bytes(b"corrupt")  # repaired
-    for id in reversed(ids[:3]):
-        assert q.requeue(id) is True
-        assert q.requeue(id) is False
-    assert q.requeue(ids[3]) is False
-    tasks = [q.pop(), q.pop(), q.pop()]
-    assert [(task.id, task.attempt) for task in tasks] == [(id, 1) for id in ids[:3]]
-    later = [q.schedule(b"later", 4 * 10**15), ids[0]]
-    q.retry(tasks[0], 1e9)
-    ids = [q.push(b"before"), *later]
-    for id in later:
-        assert (q.requeue(id), q.status(id), q.requeue(id)) == (True, "pending", False)
-    ids.append(q.push(b"after"))
-    tasks = [q.pop() for _ in ids]
-    assert [(task.id, task.attempt) for task in tasks] == [*zip(ids, (1, 1, 2, 1), strict=True)]
+# --- cancel, requeue, purge, join ---------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("state", ["pending", "scheduled", "done", "failed", "corrupt"])
 def test_purge_goes_by_the_time_in_the_state(
-    directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, state: str
+    directory: Path, tmp_path: Path, monkeypatch: Patch, state: str
 ) -> None:
     """purge deletes what has been in its state for so long, however old task or file are; it says how
     many, and nothing else is touched."""
-    q = FemtoQueue(directory, "node")
-    now = time.time()
-    ids = []
+    q, now, ids = FemtoQueue(directory, "node"), time.time(), []
     for age_s in (10**6, -(10**6)):  # files of long ago, and from a machine whose clock is ahead
         os.utime(put(tmp_path / "file"), (now - age_s, now - age_s))
-        ids.append(q.push_file(tmp_path / "file", move=True))
+        ids.append(id := q.push_file(tmp_path / "file", move=True))
         if state == "corrupt":
-            next((directory / "pending").rglob(ids[-1])).rename(directory / "corrupt" / ids[-1])
+            next((directory / "pending").rglob(id)).rename(directory / "corrupt" / id)
         elif state != "pending":
-            task = q.pop()
-            {"done": q.done, "failed": q.fail, "scheduled": lambda task: q.retry(task, 1e9)}[state](
-                task
-            )
+            finish = {"done": "done", "failed": "fail", "scheduled": "retry"}[state]
+            getattr(q, finish)(q.pop(), *[1e9][: finish == "retry"])
     others = [other for other in STATES if other not in (state, "in_progress")]
     for other in others:
         put(directory / other / OLD_ID)
@@ -3684,9 +2898,6 @@ def test_purge_goes_by_the_time_in_the_state(
         assert q.purge(state, 60) == count
     assert stray.exists() and [q.status(id) for id in ids] == [None, None]
     assert q.counts(state) == {state: 0} and all(q.counts(other)[other] for other in others)
-
-
-# --- join ---------------------------------------------------------------------------------------------
 
 
 def test_join_watches_until_all_is_finished(directory: Path, clock: Time) -> None:
@@ -3707,19 +2918,19 @@ def test_join_watches_until_all_is_finished(directory: Path, clock: Time) -> Non
 # --- close --------------------------------------------------------------------------------------------
 
 
-def test_close_gives_back_what_was_not_finished(directory: Path) -> None:
-    """After close, others get the tasks at once, at their old places; so does with, on errors too."""
-    other = FemtoQueue(directory, "other")
-    ids = other.push_many([b"1", b"2", b"3"])
-    with pytest.raises(ZeroDivisionError), FemtoQueue(directory, "node") as q:
-        q.done(q.pop())
-        q.pop()
-        q.pop()
-        raise ZeroDivisionError
-    q.close()
-    assert [other.status(id) for id in ids] == ["done", "pending", "pending"]
-    assert os.listdir(directory / "in_progress") == []
-    assert other.pop().id == ids[1]
+@pytest.mark.skipif(sys.platform != "linux", reason="it closes while inotify is opened")
+def test_close_ends_a_wait_that_begins(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A call that is about to wait, and finds itself closed, returns None like one that waits."""
+    queue = FemtoQueue(directory, "a")
+
+    real = os.eventfd
+
+    def eventfd(*arguments: int) -> int:
+        queue.close()
+        return real(*arguments)
+
+    monkeypatch.setattr(os, "eventfd", eventfd)
+    assert queue.pop(timeout=60) is None
 
 
 @pytest.mark.parametrize("closers", [1, 2])
@@ -3740,14 +2951,14 @@ def test_close_waits_for_the_task_in_hand(directory: Path, which: str, closers: 
     assert [other.status(id) for id in ids] == ["done", "pending"]
 
 
-@pytest.mark.parametrize("how", ["handler", "signal handler", "nested", "also"])
+@pytest.mark.parametrize("how", ["handler", "nested", "also"])
 def test_close_by_its_own_handler(directory: Path, how: str) -> None:
     """close called by its own handler: a FemtoQueueError that names stop(); the task stays in hand."""
     q, more = FemtoQueue(directory, "node"), FemtoQueue(f"{directory}-2", "node")
     id = q.push(b"x")
     refused = []
 
-    def close(*_: object) -> None:
+    def close(task: FemtoTask) -> None:
         with pytest.raises(FemtoQueueError, match=re.escape("stop()")):
             q.close()
         refused.append(q.status(id))
@@ -3756,42 +2967,28 @@ def test_close_by_its_own_handler(directory: Path, how: str) -> None:
         more.push(b"x")
         more.run(close, until_empty=True)
 
-    handler = {"nested": nested, "signal handler": lambda task: signal.raise_signal(signal.SIGUSR1)}
-    before = signal.signal(signal.SIGUSR1, close)
-    try:
-        runner, also = (more, [q]) if how == "also" else (q, [])
-        assert runner.run(handler.get(how, close), also=also, until_empty=True) == 1
-    finally:
-        signal.signal(signal.SIGUSR1, before)
+    runner, also = (more, [q]) if how == "also" else (q, [])
+    assert runner.run(nested if how == "nested" else close, also=also, until_empty=True) == 1
     assert refused == ["in_progress"] and q.status(id) == "done"
-    q.close()
 
 
 def test_a_closed_queue_refuses_every_call(directory: Path) -> None:
     """Every later call raises FemtoQueueError and changes nothing; close may be repeated."""
-    q = FemtoQueue(directory, "node", max_attempts=1)
-    q.push(b"x")
-    task = q.pop()
-    calls: list[Callable[[], object]] = [
-        *(lambda: q.push(b"x"), lambda: q.push_many([b"x"]), lambda: q.push_file(__file__)),
-        *(lambda: q.schedule(b"x", NOW_US), q.pop, lambda: q.pop(timeout=None)),
-        *(lambda call=call: call(q, task) for call in TASK_CALLS.values()),
-        *(lambda: q.run(never, until_empty=True), q.stop, lambda: q.status(task.id), q.counts),
-        *(lambda: q.ids("pending"), q.claims, lambda: q.reason(task.id), lambda: q.cancel(task.id)),
-        *(lambda: q.requeue(task.id), lambda: q.purge("done", 0), lambda: q.join(0), q.__enter__),
-    ]
-    for call in calls:
+    q, task, ids = full_house(directory)
+    scope = {"q": q, "task": task, "ids": ids}
+    others = ["q.stop()", "q.claims()", "q.reason(task.id)", "q.pop(timeout=None)", "q.__enter__()"]
+    for call in [*CALLS, *others]:
         q.close()
         before = files(directory)
         with pytest.raises(FemtoQueueError, match="closed"):
-            call()
+            eval(call, globals(), scope)
+            assert call == "q.close()" and q.stop()
         assert files(directory) == before
 
 
 @pytest.mark.parametrize("call", ["scandir", "rename", "fsync"])
-def test_close_that_raised_can_be_made_again(
-    directory: Path, monkeypatch: pytest.MonkeyPatch, unlogged: None, call: str
-) -> None:
+@pytest.mark.usefixtures("unlogged")
+def test_close_that_raised_can_be_made_again(directory: Path, monkeypatch: Patch, call: str) -> None:
     """A close that raised has closed, but given nothing back: the next one does, for all to have."""
     q = FemtoQueue(directory, "node", sync_after_write=call == "fsync")
     id = q.push(b"x")
@@ -3808,19 +3005,17 @@ def test_close_that_raised_can_be_made_again(
     q.close()
     assert names(directory, "pending") == [f"{id}~1"]
     assert run("print(FemtoQueue(sys.argv[1], 'other').pop().id)", directory) == f"{id}\n"
-    q.close()
 
 
-def test_a_claim_is_not_made_behind_close(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_claim_is_not_made_behind_close(directory: Path, monkeypatch: Patch) -> None:
     """A pop that close overtakes in another thread raises; the task is there for others as it was."""
     q = FemtoQueue(directory, "node")
     id = q.push(b"x")
-    real = os.rename
 
     def overtaken(source: str, target: str) -> None:
-        monkeypatch.setattr(os, "rename", real)
+        monkeypatch.setattr(os, "rename", REAL["rename"])
         q.close()
-        real(source, target)
+        REAL["rename"](source, target)
 
     monkeypatch.setattr(os, "rename", overtaken)
     with pytest.raises(FemtoQueueError, match="closed"):
@@ -3849,16 +3044,12 @@ def test_dropping_an_object_costs_the_same_however_many_there_are(directory: Pat
     assert 0 < many[0] <= 1.5 * few[0] + 5 and many[1] <= 1.2 * few[1] + 5
 
 
-# --- a task, and a queue, in another process ----------------------------------------------------------
-
-
 @pytest.mark.parametrize("size", [1, (1 << 20) + 1])
 @pytest.mark.parametrize("call", ["done", "fail", "retry", "touch"])
 def test_finished_in_another_process(directory: Path, call: str, size: int) -> None:
     """A task can be pickled and finished from another process, though it was touched meanwhile."""
-    payload = b"x" * size
     queue = FemtoQueue(directory, "a")
-    id = queue.push(payload)
+    id = queue.push(b"x" * size)
     task = queue.pop()
     copy = pickle.dumps(task)
     queue.touch(task)
@@ -3870,21 +3061,15 @@ FemtoQueue(sys.argv[1], "b").{call}(task)
 """
     run(code, directory)
     assert queue.status(id) == AFTER[call]
-    if call == "touch":
-        assert task.data == payload
-    if call in (
-        "touch",
-        "done",
-    ):  # a done whose answer was lost looks just like that of another process
+    if call in ("touch", "done"):  # a done whose answer was lost looks like that of another process
+        assert call == "done" or task.data == b"x" * size
         queue.done(task)
     with pytest.raises(NotInProgress):
         queue.done(task)
 
 
 @pytest.mark.parametrize("through", ["itself", "a copy"])
-def test_data_while_the_lease_is_renewed(
-    directory: Path, monkeypatch: pytest.MonkeyPatch, through: str
-) -> None:
+def test_data_while_the_lease_is_renewed(directory: Path, monkeypatch: Patch, through: str) -> None:
     """A large payload is read all the same when its lease is renewed at that moment, even twice."""
     queue = FemtoQueue(directory, "a")
     queue.push(payload := bytes((1 << 20) + 1))
@@ -3904,21 +3089,6 @@ def test_data_while_the_lease_is_renewed(
     with pytest.raises(FileNotFoundError):
         task.data  # noqa: B018
 
-
-def test_pickled_queue(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A pickled queue has its settings, and is the same queue wherever it is unpickled."""
-    monkeypatch.chdir(directory.parent)
-    queue = FemtoQueue(directory.name, "a", 5_000, max_attempts=3, keep_done=False, maxsize=7)
-    queue.push(b"x")
-    (directory.parent / "elsewhere").mkdir()
-    os.chdir(directory.parent / "elsewhere")
-    again = pickle.loads(pickle.dumps(queue))
-    settings = ("node_id", "timeout_stale_ms", "max_attempts", "keep_done", "keep_failed", "maxsize")
-    assert all(getattr(again, name) == getattr(queue, name) for name in settings)
-    assert drained(again) == [b"x"]
-
-
-# --- bad arguments ------------------------------------------------------------------------------------
 
 NO_STR = [(TypeError, "id: expected str", [None, 5, OLD_ID.encode(), [], FemtoTask(OLD_ID, b"")])]
 BAD_CALLS: dict[str, list[tuple[type[Exception], str, list[object]]]] = {
@@ -3996,11 +3166,6 @@ IMPORTS = """
 import argparse, ctypes, datetime, inspect, json, locale, logging, queue as _queue
 import select, shutil, signal, stat, subprocess, threading, traceback
 """
-COMMANDS = """
-for command in sys.argv[2:]:
-    print(femtoqueue.main([sys.argv[1], *command.split()]))
-"""
-SERVICE = (65534, 65534)
 
 
 def as_user(uid: int, gid: int, *groups: int, umask: int = 0o022) -> str:
@@ -4016,27 +3181,10 @@ def owned(directory: Path, uid: int, gid: int, mode: int) -> None:
     directory.chmod(mode)
 
 
-@needs_root
-@needs_mounts
-@pytest.mark.parametrize("umask", [0o077, 0o022])
-def test_looking_as_root_after_a_boot_locks_nobody_out(
-    open_to_all: Path, tmp_path: Path, umask: int
-) -> None:
-    """Looking writes nothing, whoever looks first after a boot: the service goes on."""
-    owned(open_to_all, *SERVICE, 0o755)
-    run(as_user(*SERVICE) + COMMANDS, open_to_all, "push", "push", "run --until-empty -- true", "push")
-    again = rebooted(tmp_path)
-    before = snapshot(open_to_all, times=True)
-    looks = ("status", "status --json", "list pending", "list done", "cancel x", "requeue x")
-    run(f"os.umask({umask})\n" + COMMANDS, open_to_all, *looks, under=again)
-    assert snapshot(open_to_all, times=True) == before
-    run(f"os.umask({umask})\n" + COMMANDS, open_to_all, "purge done 0s", under=again)
-    commands = ("push", "status", "run --until-empty -- true")
-    out = run(as_user(*SERVICE) + COMMANDS, open_to_all, *commands, under=again).splitlines()
-    assert (out[1], out[-1]) == ("0", "0")
-    assert len(names(open_to_all, "done")) == 2
-
-
+LOOKS = """
+for command in ("status", "status --json", "list pending", "list done", "cancel x", "requeue x"):
+    femtoqueue.main([sys.argv[1], *command.split()])
+"""
 MAKES = """
 queue = FemtoQueue(sys.argv[1], "first", sync_after_write=sys.argv[2] == "durable")
 queue.push_many([b"%d" % number for number in range(5)])
@@ -4071,12 +3219,11 @@ print(count, queue.purge("done", 0) + queue.purge("failed", 0), queue.counts()["
 @needs_root
 @needs_mounts
 @pytest.mark.parametrize(
-    ("mode", "owner", "first", "second", "umask"),
+    "who",  # the mode and owner of data_dir, the first and the second user, the umask of the first
     [
         (0o755, (65534, 65534), (0, 0), (65534, 65534), 0o077),
         (0o700, (65534, 65534), (0, 0), (65534, 65534), 0o022),
         (0o2770, (65534, 65533), (0, 0), (65534, 65533), 0o077),
-        (0o770, (65534, 65533), (0, 0), (65534, 65533), 0o022),
         (0o770, (1001, 65533), (1002, 65533), (1001, 65533), 0o027),
         (0o2770, (1001, 65533), (1002, 1002, 65533), (1001, 1001, 65533), 0o007),
         (0o777, (1001, 65533), (1002, 1002, 65533), (1001, 1001, 65533), 0o022),
@@ -4084,21 +3231,18 @@ print(count, queue.purge("done", 0) + queue.purge("failed", 0), queue.counts()["
 )
 @pytest.mark.parametrize("kind", ["used before", "durable"])
 def test_whoever_comes_first_owns_nothing_that_others_need(
-    open_to_all: Path,
-    tmp_path: Path,
-    mode: int,
-    owner: tuple[int, int],
-    first: tuple[int, ...],
-    second: tuple[int, ...],
-    umask: int,
-    kind: str,
+    open_to_all: Path, tmp_path: Path, who: tuple[Any, ...], kind: str
 ) -> None:
-    """What is shared has data_dir's mode, and what root makes its owner and group as well; payloads
-    have what the umask says."""
+    """Who looks first after a boot writes nothing. What is shared has data_dir's mode, and what root makes
+    its owner and group as well; payloads have what the umask says."""
+    mode, owner, first, second, umask = who
     owned(open_to_all, *owner, mode)
-    if kind == "used before":
-        run(as_user(*second) + COMMANDS, open_to_all, "push")
     again = rebooted(tmp_path)
+    if kind == "used before":
+        run(as_user(*second) + MAKES.splitlines()[-1], open_to_all)
+        before = snapshot(open_to_all, times=True)
+        run(as_user(*first, umask=umask) + LOOKS, open_to_all, under=again)
+        assert snapshot(open_to_all, times=True) == before
     id = run(as_user(*first, umask=umask) + MAKES, open_to_all, kind, under=again).strip()
     for path in open_to_all.rglob("*"):
         info = path.stat()
@@ -4115,9 +3259,7 @@ def test_whoever_comes_first_owns_nothing_that_others_need(
 @needs_root
 @pytest.mark.parametrize("kind", ["another's", "a file"])
 @pytest.mark.parametrize("call", ["push(b'%d')", "schedule(b'%d', 10**15)"])
-def test_a_shared_bucket_that_cannot_be_used_is_no_obstacle(
-    open_to_all: Path, call: str, kind: str
-) -> None:
+def test_a_shared_bucket_that_cannot_be_used(open_to_all: Path, call: str, kind: str) -> None:
     """Where another user made the shared bucket his own, a producer opens one of its own."""
     owned(open_to_all, 0, 0, 0o777)
     push = "FemtoQueue(sys.argv[1], 'node')." + call
@@ -4130,79 +3272,39 @@ def test_a_shared_bucket_that_cannot_be_used_is_no_obstacle(
         put(bucket)
     bucket.chmod(0o700)
     for number in (2, 3):
-        run(as_user(*SERVICE, umask=0) + push % number, open_to_all)
+        run(as_user(65534, 65534, umask=0) + push % number, open_to_all)
     first = [b"1"] if kind != "a file" else []
     assert drained(FemtoQueue(open_to_all, "root")) == [*first, b"2", b"3"]
 
 
-HOUSE = """
-queue = FemtoQueue(sys.argv[1] + "/queue", "before")
-payloads = [b"corrupt", b"done", b"failed", b"in_progress", b"pending"]
-corrupt = queue.push_many(payloads)[0]
-queue.schedule(b"scheduled", 4 * 10**15)
-for top, _, names in os.walk(queue.data_dir + "/pending"):
-    if corrupt in names:
-        open(f"{top}/{corrupt}", "wb").write(b"broken")
-queue.done(queue.pop())
-queue.fail(queue.pop())
-queue.pop()
-os._exit(0)
-"""
-AFTERWARDS = """
-import argparse, json, subprocess
-disk, kind = sys.argv[1:3]
-directory = disk + "/queue"
-def id(state):
-    [found] = queue.ids(state)
-    return found
-def fill():
-    try:
-        while kind != "read-only":
-            with open(f"{disk}/fill-{len(os.listdir(disk))}", "wb", 0) as file:
-                while kind == "blocks":
-                    file.write(bytes(4096))
-        subprocess.run(["mount", "-o", "remount,ro", disk], check=True)
-    except OSError as error:
-        assert error.errno == 28
-for expression in sys.argv[3:]:
-    fill()
-    try:
-        queue = FemtoQueue(directory, "after")
-        print(expression, "->", eval(expression))
-    except OSError as error:
-        print(expression, "->", error)
-    assert len([name for name in os.listdir(directory) if name.startswith("clock-")]) == 1
-"""
-LOOKS = {
-    "[queue.status(id(state)) for state in STATES]": str([*STATES]),
-    "queue.counts()": str(dict.fromkeys(STATES, 1)),
-    "queue.join(0)": "False",
-    **{f"femtoqueue.main([directory, {command}])": "0" for command in ("'status'", "'list', 'done'")},
-}
-DELETES = {
-    "queue.cancel(id('pending'))": "True",
-    "queue.cancel(id('scheduled'))": "True",
-    **{f"queue.purge({state!r}, 0)": "1" for state in ("done", "failed", "corrupt")},
+WITHOUT_ROOM: dict[str, object] = {
+    "[q.status(id) for id in ids.values()]": [*STATES],
+    "q.counts()": dict.fromkeys(STATES, 1),
+    "[*q.ids('done')] == [ids['done']]": True,
+    "q.join(0)": False,
+    "femtoqueue.main([str(q.data_dir), 'status'])": 0,
+    **{f"q.cancel(ids[{state!r}])": True for state in ("pending", "scheduled")},
+    **{f"q.purge({state!r}, 0)": 1 for state in ("done", "failed", "corrupt", "pending")},
 }
 
 
-@needs_root
-@needs_mounts
-@pytest.mark.parametrize("kind", ["blocks", "inodes", "read-only"])
-def test_looking_and_deleting_need_no_room_after_a_boot(tmp_path: Path, kind: str) -> None:
+@pytest.mark.parametrize("call", WITHOUT_ROOM)
+def test_looking_and_deleting_need_no_room_after_a_boot(directory: Path, call: str) -> None:
     """Neither looking nor deleting needs room on the disk, and looking takes no right to write."""
-    boot_id = put(tmp_path / "boot", f"{uuid.uuid4()}\n".encode())
-    (tmp_path / "disk").mkdir()
-    script = """
-mount -t tmpfs -o size=256k,nr_inodes=99 tmpfs "$1" && "$2" -c "$3" "$1" || exit
-mount --bind "$0" /proc/sys/kernel/random/boot_id && place="$1" && shift 3 && exec "$@"
-"""
-    before = (tmp_path / "disk", sys.executable, PRELUDE + HOUSE)
-    under = ["unshare", "-m", "sh", "-c", script, *map(str, (boot_id, *before))]
-    expected = LOOKS if kind == "read-only" else LOOKS | DELETES
-    out = run(AFTERWARDS, tmp_path / "disk", kind, *expected, under=under)
-    answers = [line for line in out.splitlines() if " -> " in line]
-    assert answers == [f"{expression} -> {answer}" for expression, answer in expected.items()]
+    _, _, ids = full_house(directory)
+    ids = {state: ids[state] for state in STATES}
+    break_clock(directory)
+    deletes = "cancel" in call or "purge" in call
+
+    def full(name: str, *args: Any, **options: Any) -> Any:
+        makes = name in ("write", "mkdir", "link") or (name == "open" and args[1] & os.O_ACCMODE)
+        if makes or (name in ("unlink", "rename", "rmdir") and not deletes):
+            raise OSError(errno.ENOSPC, f"{name} needs room, or rights", args[0])
+        return REAL[name](*args, **options)
+
+    with Steps(1, full, once=False):
+        q = FemtoQueue(directory, "after")
+        assert eval(call, globals() | {"q": q, "ids": ids}) == WITHOUT_ROOM[call]
 
 
 # ====================================================================================================
@@ -4210,11 +3312,6 @@ mount --bind "$0" /proc/sys/kernel/random/boot_id && place="$1" && shift 3 && ex
 # ====================================================================================================
 
 # --- the calls that are killed, failed and answered wrongly at every step -----------------------------
-
-
-def kill_now(name: str, *args: object, **kwargs: object) -> None:
-    """Die as by `kill -9`."""
-    os.kill(os.getpid(), signal.SIGKILL)
 
 
 def look(directory: Path) -> dict[bytes, list[str]]:
@@ -4239,8 +3336,8 @@ def audit(directory: Path, clock: Time, allowed: dict[bytes, set[str]]) -> None:
     clock.wall = max(clock.wall, 5e9)  # later than file times, which are not ours to patch
     queue = FemtoQueue(directory, "a", LONG_MS, keep_done=False)
     there = look(directory)
-    fates = {payload: states[0] for payload, states in there.items()}
     assert all(len(states) == 1 for states in there.values()), f"visible twice: {there}"
+    fates = {payload: states[0] for payload, states in there.items()}
     order, later = [], set()
     while task := queue.pop():
         order.append(task.id)
@@ -4293,31 +3390,35 @@ class Stage:
         self.clock = clock
         self.source = source_of(directory)
         self.kept: list[FemtoQueue] = []
-        self.tasks: dict[bytes, FemtoTask] = {}
-        self.ids: dict[bytes, str] = {}
+        self.tasks: dict[str, FemtoTask] = {}
+        self.ids: dict[str, str] = {}
         self.results: list[Any] = []
         self.pushed = 0  # of NEW
+        self.queue: Any = None
         if case.world:
             self.queue = self.open(**case.options)
-            for payload in (b"claimed", b"finished", b"failed", b"first", b"second"):
-                self.ids[payload] = self.queue.push(payload)
-            self.ids[b"later"] = self.queue.schedule(b"later", self.in_us(HOUR_US))
-            for payload in (b"claimed", b"finished", b"failed"):
-                self.tasks[payload] = self.pop()
-            self.queue.done(self.tasks[b"finished"])
-            self.queue.fail(self.tasks[b"failed"], "why")
-        case.prepare(self)
+            for name in ("claimed", "finished", "failed", "first", "second"):
+                self.ids[name] = self.queue.push(name.encode())
+            self.ids["later"] = self.queue.schedule(b"later", NOW_US + HOUR_US)
+            self.claim(3)
+            self.queue.done(self.tasks["finished"])
+            self.queue.fail(self.tasks["failed"], "why")
+        self.do(case.prepare)
+
+    def do(self, code: str) -> Any:
+        """What cases say: `s` is this, `q` its queue, `t` its claims, by name."""
+        return eval(code, globals() | {"s": self, "q": self.queue, "t": self.tasks})
 
     def act(self) -> None:
         """Make the call. Its result is of interest if it says whether something was done."""
-        result = self.case.act(self)
+        result = self.do(self.case.act)
         if isinstance(result, (bool, tuple)):
             self.results.append(result)
 
     def drop(self) -> None:
         """Let go of all queue objects: from here on their owners are dead."""
         self.kept.clear()
-        self.queue = None  # type: ignore[assignment]
+        self.queue = None
 
     def open(self, lease_ms: float = LONG_MS, **options: Any) -> FemtoQueue:
         return FemtoQueue(self.directory, "a", lease_ms, self.durable, **options)
@@ -4328,26 +3429,15 @@ class Stage:
             self.kept.append(self.queue)
         self.queue = self.open(**options)
 
-    def in_us(self, us: int) -> int:
-        return int(self.clock.wall * 1e6) + us
+    def claim(self, count: int) -> None:
+        self.tasks |= {task.data.decode(): task for task in [self.queue.pop() for _ in range(count)]}
 
-    def pop(self) -> FemtoTask:
-        task = self.queue.pop()
-        assert task is not None, "pop said None while tasks are pending"
-        return task
+    # What cases do.
 
     def pop_first(self) -> tuple[bytes, int]:
-        """The call of all cases about pop."""
-        task = self.pop()
+        task = self.queue.pop()
+        assert task is not None, "pop said None while tasks are pending"
         return task.data, task.attempt
-
-    def write_source(self, elsewhere: bool = False) -> None:
-        self.source = source_of(self.directory, elsewhere)
-        self.source.write_bytes(b"new")
-
-    def push_open_file(self) -> None:
-        with open(self.source, "rb") as file:
-            self.queue.push_file(file)
 
     def run_twice(self) -> None:
         """What a fault keeps from being found, or finished, comes back with the next look, or lease."""
@@ -4356,21 +3446,50 @@ class Stage:
             self.queue.run(lambda task: None, until_empty=True)
 
     def look_around(self) -> None:
-        for state in STATES:
-            for id in self.queue.ids(state):
-                assert self.queue.status(id) and self.queue.reason(id) in (None, "why")
+        for id in [id for state in STATES for id in self.queue.ids(state)]:
+            assert self.queue.status(id) and self.queue.reason(id) in (None, "why")
         assert self.queue.counts().keys() == {*STATES}
         self.queue.claims()
         self.queue.join(0)
 
     # What cases begin with.
 
-    def put_by_hand(self, ahead_us: int) -> None:
-        put(self.directory / "pending" / f"{NOW_US + ahead_us}_a-shell-script", b"by hand")
+    def write_source(self, data: bytes = b"new", elsewhere: bool = False) -> None:
+        self.source = source_of(self.directory, elsewhere)
+        descriptor = os.open(self.source, os.O_WRONLY | os.O_CREAT, 0o666)
+        os.write(descriptor, data)
+        os.close(descriptor)
+
+    def put_by_hand(self) -> None:
+        """A script pushes, by a clock that is ahead, and sees that it is on disk."""
+        self.write_source(b"by hand")
+        path = self.directory / "pending" / f"{NOW_US + HOUR_US}_script"
+        os.rename(self.source, path)
+        self.sync(path, path.parent, self.source.parent)
+
+    def sync(self, *paths: Path) -> None:
+        for path in paths:
+            descriptor = os.open(path, os.O_RDONLY)
+            os.fsync(descriptor)
+            os.close(descriptor)
+
+    def fail_to_open(self) -> None:
+        """What this one made, the next one makes durable."""
+        real = os.mkdir
+
+        def fail(path: str, *mode: int) -> None:
+            if path.endswith("/pending"):
+                raise OSError(errno.EIO, "not made", path)
+            real(path, *mode)
+
+        with pytest.MonkeyPatch.context() as patch, pytest.raises(OSError):
+            patch.setattr(os, "mkdir", fail)
+            self.open()
 
     def hang(self) -> None:
         self.kept.append(self.open(lease_ms=1))
         self.kept[0].pop()
+        self.sync(*(self.directory / "pending").iterdir())  # no pop is certain by itself
         self.clock.advance(2)
 
     def schedule_near_the_next_bucket(self) -> None:
@@ -4379,25 +3498,25 @@ class Stage:
         self.clock.advance(begin_s + 20 - self.clock.wall)
 
     def break_first(self) -> None:
-        next(self.directory.glob(f"pending/*/{self.ids[b'first']}")).write_bytes(b"broken")
+        next(self.directory.glob(f"pending/*/{self.ids['first']}")).write_bytes(b"broken")
 
     def use_up_first(self) -> None:
-        self.queue.retry(self.pop())
+        self.queue.retry(self.queue.pop())
         self.reopen(max_attempts=1)
 
     def hand_claimed_over(self) -> None:
         self.reopen()
-        self.tasks[b"claimed"] = pickle.loads(pickle.dumps(self.tasks[b"claimed"]))
+        self.tasks["claimed"] = pickle.loads(pickle.dumps(self.tasks["claimed"]))
 
     def remove_bucket(self) -> None:
         for _ in range(2):
-            self.queue.done(self.pop())
+            self.queue.done(self.queue.pop())
         self.clock.advance(10)
         assert self.queue.pop() is None
 
     def claim_all(self) -> None:
         self.clock.step_wall(3_700)  # "later" is due: the time of its id is ahead of the queue clock
-        self.tasks |= {task.data: task for task in [self.pop() for _ in range(3)]}
+        self.claim(3)
 
     def forget_file_times(self) -> None:
         self.clock.wall = max(5e9, self.clock.wall)  # they are not ours to patch
@@ -4405,20 +3524,27 @@ class Stage:
 
 @dataclasses.dataclass
 class Case:
-    """A call, what it is about, and the fates of each payload from before it to after it."""
+    """The fates of each payload from before a call to after it; the call, and what comes before."""
 
     changes: dict[bytes, tuple[str, ...]]
-    act: Callable[[Stage], object]
-    prepare: Callable[[Stage], object] = lambda stage: None
+    act: str
+    prepare: str = "None"
     world: bool = True
     undone: bool = False  # after an error, everything is as it was before the call
     options: dict[str, Any] = dataclasses.field(default_factory=dict)
 
-    def before(self) -> dict[bytes, str]:
-        return (WORLD if self.world else {}) | {name: fates[0] for name, fates in self.changes.items()}
+    def fates(self, which: int) -> dict[bytes, str]:
+        """Before the call: 0, after it: -1."""
+        return (WORLD if self.world else {}) | {name: f[which] for name, f in self.changes.items()}
 
-    def after(self) -> dict[bytes, str]:
-        return (WORLD if self.world else {}) | {name: fates[-1] for name, fates in self.changes.items()}
+    def at_a_power_cut(self, returned: bool) -> dict[bytes, set[str]]:
+        """Where each payload may be then: `live` is waiting or claimed, which need not be certain."""
+        fates = {payload: {fate} for payload, fate in self.fates(-1).items()}
+        if not returned:
+            for payload, changes in self.changes.items():
+                fates[payload] |= {*changes}
+        live = re.compile("(delivered|later) .")
+        return {payload: {live.sub("live", fate) for fate in each} for payload, each in fates.items()}
 
     def allowed(
         self,
@@ -4428,7 +3554,7 @@ class Case:
         disordered: bool = False,
     ) -> dict[bytes, set[str]]:
         """The fates that each payload may have; `popped`: payload and attempt that a pop returned."""
-        before, after = self.before(), self.after()
+        before, after = self.fates(0), self.fates(-1)
         fates = {}
         for payload in after:
             fates[payload] = {before[payload] if undone else after[payload]}
@@ -4462,122 +3588,84 @@ Fates = dict[bytes, tuple[str, ...]]
 PUSHED: Fates = {b"new": ("gone", "delivered 1")}
 FIRST: Fates = {b"first": ("delivered 1", "delivered 2")}
 A_SECOND: Fates = {b"second": ("delivered 1", "delivered 2")}
-BY_HAND: Fates = {b"by hand": ("delivered 1", "delivered 1")}
-ENDED, BURIED = {b"claimed": ("delivered 2", "done")}, {b"claimed": ("delivered 2", "failed")}
+ENDED: Fates = {b"claimed": ("delivered 2", "done")}
+BURIED: Fates = {b"claimed": ("delivered 2", "failed")}
+CANCELLED: Fates = {b"first": ("delivered 1", "gone")}
+LATER: Fates = {b"later": ("later 1", "delivered 1")}
 CASES: dict[str, Case] = {
-    "construction": Case({}, lambda s: s.open(), world=False),
-    "construction_where_a_script_was": Case(
-        BY_HAND, lambda s: s.open(), lambda s: s.put_by_hand(-1), world=False
+    "construction": Case({}, "s.open()", world=False),
+    "construction_after_one_that_failed": Case(
+        PUSHED, "s.open().push(b'new')", "s.fail_to_open()", world=False, undone=True
     ),
-    "push": Case(PUSHED, lambda s: s.queue.push(b"new"), undone=True),
-    "push_into_a_new_bucket": Case(
-        PUSHED, lambda s: s.queue.push(b"new"), lambda s: s.clock.advance(5_000), undone=True
-    ),
-    "push_heals": Case(
-        PUSHED,
-        lambda s: s.queue.push(b"new"),
-        lambda s: shutil.rmtree(s.directory / "creating"),
-        undone=True,
-    ),
-    "push_many": Case(
-        dict.fromkeys(NEW, ("gone", "delivered 1")), lambda s: s.queue.push_many(NEW[s.pushed :])
-    ),
-    "push_file": Case(PUSHED, lambda s: s.queue.push_file(s.source), Stage.write_source, undone=True),
-    "push_file_that_is_open": Case(PUSHED, Stage.push_open_file, Stage.write_source, undone=True),
-    "push_file_move": Case(
-        PUSHED, lambda s: s.queue.push_file(s.source, move=True), Stage.write_source, undone=True
-    ),
+    "push": Case(PUSHED, "q.push(b'new')", undone=True),
+    "push_into_a_new_bucket": Case(PUSHED, "q.push(b'new')", "s.clock.advance(5_000)", undone=True),
+    "push_heals": Case(PUSHED, "q.push(b'new')", "os.rmdir(s.directory / 'creating')", undone=True),
+    "push_many": Case(dict.fromkeys(NEW, PUSHED[b"new"]), "q.push_many(NEW[s.pushed :])"),
+    "push_file": Case(PUSHED, "q.push_file(s.source)", "s.write_source()", undone=True),
+    "push_file_move": Case(PUSHED, "q.push_file(s.source, move=True)", "s.write_source()", undone=True),
     "push_file_move_from_elsewhere": Case(
-        PUSHED,
-        lambda s: s.queue.push_file(s.source, move=True),
-        lambda s: s.write_source(elsewhere=True),
+        PUSHED, "q.push_file(s.source, move=True)", "s.write_source(elsewhere=True)"
     ),
     "schedule": Case(
-        {b"new": ("gone", "later 1")},
-        lambda s: s.queue.schedule(b"new", NOW_US + 2 * HOUR_US),
-        undone=True,
+        {b"new": ("gone", "later 1")}, "q.schedule(b'new', NOW_US + 2 * HOUR_US)", undone=True
     ),
-    "pop": Case(FIRST, Stage.pop_first, undone=True),
-    "pop_of_a_new_object": Case(FIRST, Stage.pop_first, Stage.reopen, undone=True),
-    "pop_of_a_stopped_object": Case(FIRST, Stage.pop_first, lambda s: s.queue.stop(), undone=True),
+    "pop": Case(FIRST, "s.pop_first()", undone=True),
+    "pop_of_a_new_object": Case(FIRST, "s.pop_first()", "s.reopen()", undone=True),
     "pop_from_the_dead": Case(
-        {b"claimed": ("delivered 2", "delivered 3")}, Stage.pop_first, lambda s: s.reopen(keep=False)
+        {b"claimed": ("delivered 2", "delivered 3")}, "s.pop_first()", "s.reopen(keep=False)"
     ),
-    "pop_from_the_hung": Case({b"first": ("delivered 2", "delivered 3")}, Stage.pop_first, Stage.hang),
-    "pop_when_one_fell_due": Case(
-        FIRST | {b"later": ("later 1", "delivered 1")},
-        Stage.pop_first,
-        lambda s: s.clock.advance(3_700),
-    ),
+    "pop_from_the_hung": Case({b"first": ("delivered 2", "delivered 3")}, "s.pop_first()", "s.hang()"),
+    "pop_when_one_fell_due": Case(FIRST | LATER, "s.pop_first()", "s.clock.advance(3_700)"),
     "pop_moves_closer": Case(
-        FIRST | {b"far": ("later 1", "later 1")}, Stage.pop_first, Stage.schedule_near_the_next_bucket
+        FIRST | {b"far": ("later 1", "later 1")}, "s.pop_first()", "s.schedule_near_the_next_bucket()"
     ),
     "pop_settles_what_is_ahead": Case(
-        FIRST | BY_HAND, Stage.pop_first, lambda s: s.put_by_hand(HOUR_US)
+        FIRST | {b"by hand": ("delivered 1", "delivered 1")}, "s.pop_first()", "s.put_by_hand()"
     ),
     "pop_meets_a_broken_one": Case(
         A_SECOND | {b"first": ("gone", "gone"), b"broken": ("delivered 1", "corrupt")},
-        Stage.pop_first,
-        Stage.break_first,
+        *("s.pop_first()", "s.break_first()"),
     ),
     "pop_buries": Case(
-        A_SECOND | {b"first": ("delivered 2", "failed")}, Stage.pop_first, Stage.use_up_first
+        A_SECOND | {b"first": ("delivered 2", "failed")}, "s.pop_first()", "s.use_up_first()"
     ),
-    "done": Case(ENDED, lambda s: s.queue.done(s.tasks[b"claimed"])),
-    "done_through_another_object": Case(
-        ENDED, lambda s: s.queue.done(s.tasks[b"claimed"]), Stage.hand_claimed_over
-    ),
+    "done": Case(ENDED, "q.done(t['claimed'])"),
+    "done_through_another_object": Case(ENDED, "q.done(t['claimed'])", "s.hand_claimed_over()"),
     "done_and_not_kept": Case(
         {b"claimed": ("delivered 2", "gone"), b"finished": ("gone", "gone")},
-        lambda s: s.queue.done(s.tasks[b"claimed"]),
+        "q.done(t['claimed'])",
         options={"keep_done": False},
     ),
-    "fail": Case(BURIED, lambda s: s.queue.fail(s.tasks[b"claimed"])),
-    "fail_with_a_reason": Case(BURIED, lambda s: s.queue.fail(s.tasks[b"claimed"], "why")),
-    "retry": Case({}, lambda s: s.queue.retry(s.tasks[b"claimed"])),
+    "fail": Case(BURIED, "q.fail(t['claimed'], 'why')"),
+    "retry": Case({}, "q.retry(t['claimed'])"),
     "retry_into_a_removed_bucket": Case(
-        {b"first": ("done", "done"), b"second": ("done", "done")},
-        lambda s: s.queue.retry(s.tasks[b"claimed"]),
-        Stage.remove_bucket,
+        dict.fromkeys((b"first", b"second"), ("done", "done")),
+        "q.retry(t['claimed'])",
+        "s.remove_bucket()",
     ),
     "retry_at_a_new_place": Case(
         dict.fromkeys((b"first", b"second", b"later"), ("delivered 2", "delivered 2")),
-        lambda s: s.queue.retry(s.tasks[b"later"]),
-        Stage.claim_all,
+        *("q.retry(t['later'])", "s.claim_all()"),
     ),
-    "retry_later": Case(
-        {b"claimed": ("delivered 2", "later 2")},
-        lambda s: s.queue.retry(s.tasks[b"claimed"], 3_600_000),
-    ),
-    "retry_for_the_last_time": Case(
-        BURIED, lambda s: s.queue.retry(s.tasks[b"claimed"]), options={"max_attempts": 1}
-    ),
-    "touch": Case({}, lambda s: s.queue.touch(s.tasks[b"claimed"])),
+    "retry_later": Case({b"claimed": ("delivered 2", "later 2")}, "q.retry(t['claimed'], 3_600_000)"),
+    "retry_for_the_last_time": Case(BURIED, "q.retry(t['claimed'])", options={"max_attempts": 1}),
+    "touch": Case({}, "q.touch(t['claimed'])"),
     "run": Case(
         {name: (WORLD[name], AGAIN[WORLD[name]], "done") for name in (b"claimed", b"first", b"second")},
-        Stage.run_twice,
+        "s.run_twice()",
         options={"lease_ms": 100_000},
     ),
-    "looking": Case({}, Stage.look_around),
-    "requeue": Case(
-        {b"failed": ("failed", "delivered 1")}, lambda s: s.queue.requeue(s.ids[b"failed"])
+    "looking": Case({}, "s.look_around()"),
+    "requeue": Case({b"failed": ("failed", "delivered 1")}, "q.requeue(s.ids['failed'])"),
+    "requeue_scheduled": Case(LATER, "q.requeue(s.ids['later'])"),
+    "cancel": Case(CANCELLED, "q.cancel(s.ids['first'])"),
+    "cancel_scheduled": Case({b"later": ("later 1", "gone")}, "q.cancel(s.ids['later'])"),
+    "purge": Case({b"failed": ("failed", "gone")}, "q.purge('failed', 0)", "s.forget_file_times()"),
+    "purge_pending": Case(  # twice, for what it may not read is left out
+        CANCELLED | {b"second": ("delivered 1", "gone")},
+        *("[q.purge('pending', 0) for _ in range(2)]", "s.forget_file_times()"),
     ),
-    "requeue_scheduled": Case(
-        {b"later": ("later 1", "delivered 1")}, lambda s: s.queue.requeue(s.ids[b"later"])
-    ),
-    "cancel": Case({b"first": ("delivered 1", "gone")}, lambda s: s.queue.cancel(s.ids[b"first"])),
-    "cancel_scheduled": Case(
-        {b"later": ("later 1", "gone")}, lambda s: s.queue.cancel(s.ids[b"later"])
-    ),
-    "purge": Case(
-        {b"failed": ("failed", "gone")}, lambda s: s.queue.purge("failed", 0), Stage.forget_file_times
-    ),
-    "purge_pending": Case(
-        {b"first": ("delivered 1", "gone"), b"second": ("delivered 1", "gone")},
-        lambda s: [s.queue.purge("pending", 0) for _ in range(2)],  # what it may not read is left out
-        Stage.forget_file_times,
-    ),
-    "close": Case({}, lambda s: s.queue.close()),
+    "close": Case({}, "q.close()"),
 }
 each_case = pytest.mark.parametrize("name", CASES)
 
@@ -4601,7 +3689,6 @@ class Crowd:
     """Producers and workers on one queue, some of which are killed or stopped now and then."""
 
     LEASE_MS = 300
-    PRODUCERS, WORKERS = 2, 4
 
     def __init__(self, directory: Path, chance: random.Random) -> None:
         self.directory = directory
@@ -4611,8 +3698,7 @@ class Crowd:
         self.roles: dict[int, Callable[[int], None]] = {}  # PID -> what it is
         self.stopped: dict[int, float] = {}  # PID -> when it shall go on
         self.disturbed: set[int] = set()
-        self.kills = self.stops = self.started = 0
-        FemtoQueue(directory, "parent").close()
+        self.counts: collections.Counter[str] = collections.Counter()
 
     def say(self, *words: object) -> None:
         """One line in one write: what a process says about itself before it is killed."""
@@ -4647,11 +3733,11 @@ class Crowd:
             queue.done(task)
             self.say("done", task.data.decode(), task.attempt)
         except NotInProgress:
-            self.say("robbed", task.data.decode(), task.attempt, os.getpid())
+            self.say("robbed", task.data.decode())
 
     def start(self, role: Callable[[int], None]) -> None:
-        self.started += 1
-        self.roles[forked(functools.partial(role, self.started))] = role
+        self.counts["started"] += 1
+        self.roles[forked(functools.partial(role, self.counts["started"]))] = role
 
     def disturb(self, now: float) -> None:
         """Kill one, and start another in its place; or stop one, perhaps for longer than its lease."""
@@ -4659,16 +3745,16 @@ class Crowd:
         if self.chance.random() < 0.5:
             os.kill(pid, signal.SIGKILL)
             assert os.WTERMSIG(os.waitpid(pid, 0)[1]) == signal.SIGKILL, "it had ended by itself"
-            self.kills += 1
+            self.counts["kills"] += 1
             self.start(self.roles.pop(pid))
         elif len(self.stopped) < 3:
             os.kill(pid, signal.SIGSTOP)
             self.stopped[pid] = now + self.chance.uniform(1, 6) * self.LEASE_MS / 1_000
-            self.stops += 1
+            self.counts["stops"] += 1
         self.disturbed.add(pid)
 
     def run(self, seconds: float) -> None:
-        for role in (self.produce,) * self.PRODUCERS + (self.consume,) * self.WORKERS:
+        for role in (self.produce,) * 2 + (self.consume,) * 4:
             self.start(role)
         end = time.monotonic() + seconds
         while (now := time.monotonic()) < end or "robbed" not in self.journal.read_text():
@@ -4681,36 +3767,31 @@ class Crowd:
         self.no_more.touch()
         for pid in self.stopped:
             os.kill(pid, signal.SIGCONT)
-        while self.roles:
-            pid = next(iter(self.roles))
+        for pid in tuple(self.roles):
             status = os.waitpid(pid, 0)[1]
             del self.roles[pid]
             assert status == 0, "a process that was not killed failed"
-
-    def clear(self) -> None:
-        """Leave nobody behind, however the test ended."""
-        for pid in self.roles:
-            os.kill(pid, signal.SIGKILL)
-            os.waitpid(pid, 0)
 
 
 def test_many_processes_many_kills(scratch: Path) -> None:
     """Nothing acknowledged is lost, nothing invented; only a kill or a stop makes a duplicate."""
     crowd = Crowd(scratch / "queue", random.Random(7))
+    queue = FemtoQueue(crowd.directory, "worker")
     try:
         crowd.run(seconds=7)
     finally:
-        crowd.clear()
-    queue = FemtoQueue(crowd.directory, "worker")
+        for pid in crowd.roles:  # leave nobody behind
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
     while task := queue.pop():
         crowd.handle(queue, task)
-    assert not any(queue.counts()[state] for state in STATES if state != "done")
+    assert queue.join(0)
 
-    said: dict[str, list[list[str]]] = collections.defaultdict(list)
+    said: dict[str, set[str]] = collections.defaultdict(set)
     got: dict[str, dict[int, int]] = collections.defaultdict(dict)  # name -> attempt -> PID
     finished: dict[str, int] = {}
     for kind, name, *rest in map(str.split, crowd.journal.read_text().splitlines()):
-        said[kind].append([name, *rest])
+        said[kind].add(name)
         if kind == "got":
             attempt, pid = map(int, rest)
             assert attempt not in got[name], "one attempt was delivered twice"
@@ -4718,29 +3799,16 @@ def test_many_processes_many_kills(scratch: Path) -> None:
         elif kind == "done":
             assert name not in finished, "done twice"
             finished[name] = int(rest[0])
-    tried, acknowledged = ({name for [name] in said[kind]} for kind in ("try", "acknowledged"))
-    duplicated = {name for name, attempts in got.items() if len(attempts) > 1}
-    figure(
-        "many processes",
-        processes=crowd.started,
-        kills=crowd.kills,
-        stops=crowd.stops,
-        tasks_acknowledged=len(acknowledged),
-        delivered=len(got),
-        lost=len(acknowledged - {*got}),
-        unexpected=len({*got} - tried),
-        duplicated=len(duplicated),
-        robbed_while_stopped=len(said["robbed"]),
-    )
-    assert acknowledged <= {*got}, "lost"
-    assert {*got} <= tried, "unexpected"
-    assert queue.counts()["done"] == len(got)
+    assert said["acknowledged"] <= {*got} <= said["try"], "one was lost, or invented"
+    assert queue.counts()["done"] == len(got) == sum(queue.counts().values())
     for name, attempts in got.items():
         last = finished.get(name, max(attempts))
         assert last == max(attempts), f"{name} was delivered after it was done"
         for attempt in sorted(attempts)[:-1]:
             assert attempts[attempt] in crowd.disturbed, f"{name} was taken from an undisturbed worker"
-    assert len(acknowledged) > 1_000 and duplicated and crowd.kills > 10 and crowd.stops > 10
+    duplicated = sum(len(attempts) > 1 for attempts in got.values())
+    figure("many processes", **crowd.counts, delivered=len(got), duplicated=duplicated)
+    assert len(said["acknowledged"]) > 1_000 and duplicated and min(crowd.counts.values()) > 10
 
 
 # --- 1 to 3: a model --------------------------------------------------------------------------------
@@ -4780,13 +3848,12 @@ class Model(RuleBasedStateMachine):
         self.patch.setattr(time, "clock_gettime", self.clock.read)
         self.patch.setattr(time, "sleep", self.clock.advance)
         self.patch.setitem(sys.modules, "ctypes", None)
-        self.directory = Path(
-            tempfile.mkdtemp(prefix="femtoqueue-test-", dir=SHM if SHM.is_dir() else None)
-        )
-        self.queues: list[FemtoQueue | None] = [self.new_queue() for _ in range(self.COUNT)]
+        where = SHM if SHM.is_dir() else None
+        self.directory = Path(tempfile.mkdtemp(prefix="femtoqueue-test-", dir=where))
+        self.queues: list[Any] = [self.new_queue() for _ in range(self.COUNT)]
         self.tasks: dict[str, Expected] = {}
         self.claims: dict[str, list[FemtoTask]] = {}  # every delivery there ever was
-        self.pushes: list[str] = []
+        self.last_push = ""
         self.unsettled: set[str] = set()  # files put there by hand
         self.behind: set[int] = set()  # objects that may hold a listing without what came back since
         self.company = False  # may it look as if other processes were at work?
@@ -4804,11 +3871,6 @@ class Model(RuleBasedStateMachine):
 
     def new_queue(self) -> FemtoQueue:
         return FemtoQueue(self.directory, "a", self.LEASE_S * 1_000)
-
-    def queue(self, number: int) -> FemtoQueue:
-        queue = self.queues[number]
-        assert queue is not None
-        return queue
 
     def queue_us(self) -> int:
         """The queue clock, which goes on as the clock since boot does."""
@@ -4886,10 +3948,10 @@ class Model(RuleBasedStateMachine):
     def push(self, number: int, sizes: list[int]) -> None:
         for size in sizes:
             payload = b"%d " % len(self.tasks) + b"x" * size
-            id = self.queue(number).push(payload)
+            id = self.queues[number].push(payload)
             assert id not in self.tasks
-            assert all(id > other for other in self.pushes[-1:]), "not in the order of the pushes"
-            self.pushes.append(id)
+            assert id > self.last_push, "not in the order of the pushes"
+            self.last_push = id
             self.last_us = int(id[:16])
             self.tasks[id] = Expected(payload, "pending", place_us=self.last_us)
 
@@ -4907,7 +3969,7 @@ class Model(RuleBasedStateMachine):
     def schedule(self, number: int, delay_s: float) -> None:
         payload = b"%d" % len(self.tasks)
         due_us = self.later_us(delay_s)
-        id = self.queue(number).schedule(payload, due_us)
+        id = self.queues[number].schedule(payload, due_us)
         assert id not in self.tasks
         self.tasks[id] = Expected(payload, "scheduled", due_us=due_us)
 
@@ -4923,16 +3985,14 @@ class Model(RuleBasedStateMachine):
             self.clock.advance(1.1)  # from then on a pop looks for what is to come back
             self.behind.discard(number)
             new = self.come_back(by=number)
-        task = self.queue(number).pop()
+        task = self.queues[number].pop()
         self.learn_places(new, above_us, task.id if task else "")
         pending = self.in_state("pending")
         assert (task and task.id) == (pending[0] if pending else None), "not the oldest"
         if task:
             expected = self.tasks[task.id]
-            expected.state = "in_progress"
+            expected.state, expected.owner, expected.due_us = "in_progress", number, 0
             expected.used += 1
-            expected.due_us = 0
-            expected.owner = number
             expected.deadline_s = self.clock.boot + self.LEASE_S
             assert (task.data, task.attempt) == (expected.payload, expected.used)
             self.claims.setdefault(task.id, []).append(task)
@@ -4953,13 +4013,12 @@ class Model(RuleBasedStateMachine):
             claim, task = choice.choice(self.claims[id][-2:]), self.tasks[id]
             valid = task.state == "in_progress" and claim.attempt == task.used
             others = range(self.COUNT)
-            number = (
-                task.owner if task.owner in others and choice.random() < 0.7 else choice.choice(others)
-            )
+            owners = [task.owner] if task.owner in others and choice.random() < 0.7 else others
+            number = choice.choice(owners)
             # A retry that had the same effect may be one whose answer was lost.
             done = (name, task.state, task.used) == ("retry", "pending", claim.attempt)
             try:  # not pytest.raises, which keeps the error, and so the queue object alive
-                getattr(self.queue(number), name)(claim, *arguments)
+                getattr(self.queues[number], name)(claim, *arguments)
                 assert valid or done, f"{name} of a lost claim"
             except NotInProgress:
                 assert not valid
@@ -4981,7 +4040,7 @@ class Model(RuleBasedStateMachine):
     def cancel(self, choice: random.Random, number: int) -> None:
         id = self.mostly(choice, self.in_state("pending", "scheduled"), self.tasks)
         waiting = self.tasks[id].state in ("pending", "scheduled")
-        assert self.queue(number).cancel(id) == waiting
+        assert self.queues[number].cancel(id) == waiting
         if waiting:
             self.tasks[id].state = "gone"
 
@@ -4990,7 +4049,7 @@ class Model(RuleBasedStateMachine):
     def requeue(self, choice: random.Random, number: int) -> None:
         id = self.mostly(choice, self.in_state("done", "failed", "scheduled"), self.tasks)
         task = self.tasks[id]
-        assert self.queue(number).requeue(id) == (task.state in ("done", "failed", "scheduled"))
+        assert self.queues[number].requeue(id) == (task.state in ("done", "failed", "scheduled"))
         if task.state in ("done", "failed"):
             task.used, task.reason = 0, None
             self.claims.pop(id, None)  # its attempts are counted anew
@@ -5003,7 +4062,7 @@ class Model(RuleBasedStateMachine):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(time, "time", lambda: 1e10)  # file times are not ours to patch
             found = self.in_state(state)
-            assert self.queue(number).purge(state, 0) == len(found)
+            assert self.queues[number].purge(state, 0) == len(found)
         for id in found:
             self.tasks[id].state = "gone"
 
@@ -5011,7 +4070,7 @@ class Model(RuleBasedStateMachine):
     def crash(self, number: int, how: str) -> None:
         holders = [task.owner for task in self.tasks.values() if task.state == "in_progress"]
         number = next((n for n in holders if n in range(self.COUNT)), number)  # one that holds a claim
-        queue = self.queue(number)
+        queue = self.queues[number]
         if how in ("killed", "elsewhere") and not self.company:
             how = "dropped"
         held = [id for id in self.in_state("in_progress") if self.tasks[id].owner == number]
@@ -5021,10 +4080,10 @@ class Model(RuleBasedStateMachine):
         lost = held if how in ("killed", "elsewhere") else []
         for was in {Path(self.claims[id][-1].path).parent for id in lost}:
             node, pid, start, place, token = was.name.split("~")
-            gone = f"{node}~{2**22 + 1}~{start}~{place}~{token}"
-            was.rename(
-                was.with_name(f"b~{pid}~{start}~elsewhere~{token}" if how == "elsewhere" else gone)
-            )
+            name = f"{node}~{2**22 + 1}~{start}~{place}~{token}"
+            if how == "elsewhere":
+                name = f"b~{pid}~{start}~elsewhere~{token}"
+            was.rename(was.with_name(name))
         for id in held:
             self.tasks[id].owner = self.COUNT if how == "elsewhere" else None
             if how == "closed":
@@ -5045,7 +4104,7 @@ class Model(RuleBasedStateMachine):
 
     @invariant()
     def states_are_as_expected(self) -> None:
-        queue = self.queue(len(self.tasks) % self.COUNT)
+        queue = self.queues[len(self.tasks) % self.COUNT]
         counts = collections.Counter(task.state for task in self.tasks.values())
         assert queue.counts() == {state: counts[state] for state in STATES}
         for id, task in self.tasks.items():
@@ -5059,10 +4118,10 @@ class Model(RuleBasedStateMachine):
         """At the end everything that was not finished is delivered once more, in order."""
         self.clock.advance(10**6)
         while task := self.pop_one(0, at_once=False):
-            self.queue(0).done(task)
+            self.queues[0].done(task)
             self.tasks[task.id].state = "done"
         assert not self.in_state("pending", "in_progress", "scheduled")
-        assert all(self.queue(0).status(id) is None for id in self.in_state("gone"))
+        assert all(self.queues[0].status(id) is None for id in self.in_state("gone"))
 
 
 TestModel = Model.TestCase
@@ -5074,104 +4133,6 @@ TestModel.settings = settings(
     database=None,
     suppress_health_check=list(HealthCheck),
 )
-# Neither who lost a claim nor who hung believes in it.
-
-
-def taken_elsewhere(path: Path, finished: bool = False) -> str:
-    """Another host claims this task, and perhaps finishes it: what becomes of it."""
-    id, used, *_ = [*path.name.split("~"), "0"]
-    root = next(above.parent for above in path.parents if above.name in STATES)
-    target = root / "in_progress" / "b~1~1~elsewhere~0" / f"{id}~{int(used) + 1}~{NOW_US}"
-    target.parent.mkdir(exist_ok=True)
-    REAL["rename"](path, target)
-    if finished:
-        REAL["unlink"](target)
-    return "gone" if finished else f"delivered {int(used) + 2}"
-
-
-@pytest.mark.parametrize("keep", [True, False], ids=["keep", "delete"])
-@pytest.mark.parametrize("call", ["done", "fail", "retry", "touch"])
-def test_a_claim_that_another_host_took_is_lost(
-    directory: Path, clock: Time, call: str, keep: bool
-) -> None:
-    """Success is never reported while another has the task, though the lease runs by this clock."""
-    queue = FemtoQueue(directory, "a", keep_done=keep, keep_failed=keep)
-    queue.push(b"x")
-    task = queue.pop()
-    taken_elsewhere(Path(task.path))
-    with pytest.raises(NotInProgress):
-        getattr(queue, call)(task)
-    assert task.lost and look(directory) == {b"x": ["delivered 3"]}
-
-
-@pytest.mark.parametrize("taken", [False, True], ids=["still there", "taken by another"])
-def test_a_claim_whose_lease_is_over_is_not_handed_out(
-    directory: Path, clock: Time, monkeypatch: pytest.MonkeyPatch, taken: bool
-) -> None:
-    """A claim that was granted while the process hung is renewed, or it is none."""
-    queue, other = FemtoQueue(directory, "a", 30_000), FemtoQueue(directory, "b", 30_000)
-    queue.push(b"x")
-    held: list[FemtoTask | None] = []
-
-    def slowly(source: str, target: str) -> None:
-        REAL["rename"](source, target)
-        if "in_progress/" in target and not held:
-            clock.advance(40)
-            held.append(None)
-            held.extend([other.pop()] if taken else [])
-
-    monkeypatch.setattr(os, "rename", slowly)
-    task = queue.pop()
-    assert (task is None) is taken
-    assert other.pop() is None
-    other.done(held[1]) if taken else queue.done(task)
-
-
-# --- 3: first in, first out ---------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("call", ["retry", "requeue"])
-@pytest.mark.parametrize("by", ["the same", "another"])
-def test_what_comes_back_has_its_old_place(directory: Path, clock: Time, call: str, by: str) -> None:
-    """It is the next task: at once of the object that put it back, within a second of every other."""
-    queue, other = FemtoQueue(directory, "a"), FemtoQueue(directory, "a")
-    queue.push_many([b"0", b"1", b"2", b"3"])
-    first, _ = queue.pop(), other.pop()  # from here on, what is left is in the hand of both
-    if call == "requeue":
-        queue.done(first)
-        queue.requeue(first.id)
-    else:
-        queue.retry(first)
-    if by == "another":
-        clock.advance(1.1)
-    assert (queue if by == "the same" else other).pop().id == first.id
-
-
-def test_a_pop_that_raised_does_not_change_the_order(directory: Path, clock: Time) -> None:
-    """Out of descriptors behind a claim, and then not any more: first in, first out."""
-    queue = FemtoQueue(directory, "a", LONG_MS)
-    queue.push_many([b"0", b"1", b"2"])
-    claimed: list[str] = []
-
-    def be_short(name: str, path: str, *rest: Any, **options: Any) -> Any:
-        if claimed and name in ("open", "scandir"):
-            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE), path)
-        claimed.extend(rest[:1] if name == "rename" else ())
-        return REAL[name](path, *rest, **options)
-
-    with Steps(1, be_short, once=False), pytest.raises(OSError, match=os.strerror(errno.EMFILE)):
-        queue.pop()
-    assert drained(queue) == [b"0", b"1", b"2"]
-
-
-def test_ids_raise_or_leave_nothing_out(queue: FemtoQueue, refuse: Refusal) -> None:
-    """ids never reports a task absent that exists all the while, whatever cannot be listed."""
-    ids = list(queue.ids("pending"))
-    refuse("list", "/pending/", errno.EIO)
-    with pytest.raises(OSError):
-        list(queue.ids("pending"))
-    refuse.rules.clear()
-    assert list(queue.ids("pending")) == ids
 
 
 # --- 4: a crash at any instruction --------------------------------------------------------------------
@@ -5189,14 +4150,14 @@ def test_killed_before_every_filesystem_call(
 
         def work(at: int = at, directory: Path = directory) -> None:
             stage = Stage(case, directory, durable, clock)
-            with Steps(at, kill_now):
+            with Steps(at, lambda *args, **kwargs: os.kill(os.getpid(), signal.SIGKILL)):
                 stage.act()
 
         status, error = in_child(work)
         returned = status == 0
         assert returned or os.WTERMSIG(status) == signal.SIGKILL, error
         check_source(name, directory, returned)
-        if returned and name == "fail_with_a_reason":
+        if returned and name == "fail":
             assert [path.read_text() for path in directory.glob("failed/*~reason")] == ["why"] * 2
         audit(directory, clock, case.allowed(returned))
         clear(directory)
@@ -5206,10 +4167,15 @@ def test_killed_before_every_filesystem_call(
     figure("killed at every step", calls=1, kill_points=at - 1)
 
 
-def test_what_a_live_writer_writes_is_not_swept(directory: Path, clock: Time) -> None:
-    """A half-written file goes when its writer is dead, and only then."""
+def test_what_a_live_writer_writes_is_not_swept(directory: Path, now: Time) -> None:
+    """A half-written file goes when its writer is dead, and only then; of another host, in a day.
+
+    Whatever its mtime says: on NFSv3, a file that is made with O_EXCL has a number there at first.
+    """
     queue = FemtoQueue(directory, "a")
     put(directory / "creating" / "of somebody else")
+    elsewhere = put(directory / "creating" / f"{DEAD_OWNER}~{OLD_ID[:-9]}")
+    os.utime(elsewhere, (0, 0))
 
     def sweep_first(name: str, *paths: str, **options: Any) -> Any:
         if name == "rename" and "/creating/" in paths[0]:
@@ -5218,11 +4184,60 @@ def test_what_a_live_writer_writes_is_not_swept(directory: Path, clock: Time) ->
 
     with Steps(1, sweep_first, once=False):
         queue.push(b"x")
-    assert names(directory, "creating") == ["of somebody else"]
-    assert drained(queue) == [b"x"]
+    assert drained(queue) == [b"x"] and elsewhere.exists()
+    now.advance(90_000)
+    assert queue.pop() is None and names(directory, "creating") == ["of somebody else"]
 
 
 # --- 2 and 4: what a call reports when the answer to what it did is lost ------------------------------
+
+
+def taken_elsewhere(path: Path, finished: bool = False) -> str:
+    """Another host claims this task, and perhaps finishes it: what becomes of it."""
+    id, used, *_ = [*path.name.split("~"), "0"]
+    root = next(above.parent for above in path.parents if above.name in STATES)
+    target = root / "in_progress" / "b~1~1~elsewhere~0" / f"{id}~{int(used) + 1}~{NOW_US}"
+    target.parent.mkdir(exist_ok=True)
+    REAL["rename"](path, target)
+    if finished:
+        REAL["unlink"](target)
+    return "gone" if finished else f"delivered {int(used) + 2}"
+
+
+@pytest.mark.parametrize("call", ["done", "fail", "retry", "touch"])
+def test_a_claim_that_another_host_took_is_lost(scratch: Path, clock: Time, call: str) -> None:
+    """Success is never reported while another has the task, though the lease runs by this clock."""
+    for keep in (True, False):
+        queue = FemtoQueue(scratch / str(keep), "a", keep_done=keep, keep_failed=keep)
+        queue.push(b"x")
+        task = queue.pop()
+        taken_elsewhere(Path(task.path))
+        with pytest.raises(NotInProgress):
+            getattr(queue, call)(task)
+        assert task.lost and look(scratch / str(keep)) == {b"x": ["delivered 3"]}
+
+
+@pytest.mark.parametrize("taken", [False, True], ids=["still there", "taken by another"])
+def test_a_claim_whose_lease_is_over_is_not_handed_out(
+    clock: Time, queue: FemtoQueue, monkeypatch: pytest.MonkeyPatch, taken: bool
+) -> None:
+    """A claim that was granted while the process hung is renewed, or it is none."""
+    other = FemtoQueue(queue.data_dir, "other", 30_000)
+    late: list[FemtoTask | None] = []
+
+    def slowly(source: str, target: str) -> None:
+        REAL["rename"](source, target)
+        if "in_progress/" in target and not late:
+            clock.advance(40)
+            late.append(None)
+            late.extend([other.pop()] if taken else [])
+
+    monkeypatch.setattr(os, "rename", slowly)
+    found = [queue.pop(), queue.pop(), other.pop()]
+    assert [task and task.data for task in found] == (
+        [b"b", None, None] if taken else [b"a", b"b", None]
+    )
+    other.done(late[1]) if taken else queue.done(found[0])
 
 
 class Lost:
@@ -5239,12 +4254,9 @@ class Lost:
         self.taken: dict[bytes, str] = {}  # by another host, and what becomes of it
 
     def files(self) -> set[Path]:
-        found = [
-            path
-            for state in ("pending", "done", "failed")
-            for path in self.directory.glob(f"{state}/**/*_*")
-        ]
-        return {path for path in found if path.is_file() and not path.name.endswith("~reason")}
+        states = (self.directory / state for state in ("pending", "done", "failed"))
+        found = {path for state in states for path in state.rglob("*_*") if path.is_file()}
+        return {path for path in found if not path.name.endswith("~reason")}
 
     def __call__(self, name: str, *args: Any, **kwargs: Any) -> Any:
         result = REAL[name](*args, **kwargs)
@@ -5331,14 +4343,13 @@ class Node:
 
 @dataclasses.dataclass
 class Operation:
-    """One change: `removed` from and `added` to directories, whole or not at all."""
+    """One change: `removed` from and `added` to directories, as a whole."""
 
     removed: tuple[Node, str] | None = None
     added: tuple[Node, str, Node] | None = None
     needs: tuple[int, ...] = ()  # what must have happened for this to be possible
     synced: Node | None = None
     written: tuple[Node, bytes] | None = None
-    fates: tuple[bytes, frozenset[str]] | None = None
 
 
 class Disk:
@@ -5354,30 +4365,19 @@ class Disk:
         self.root = Node(is_directory=True)
         self.log: list[Operation] = []
         self.open: dict[int, Node] = {}
-        self.fails_at = ""  # one call on a path with this end
 
-    def place(self, path: str) -> tuple[Node, str]:
+    def place(self, path: Any) -> tuple[Node, str]:
         *folders, name = os.path.relpath(path, self.base).split("/")
         node = self.root
         for folder in folders:
             node = node.entries[folder][0]
         return node, name
 
-    def fate(self, payload: bytes, *fates: str) -> None:
-        """From here on, this is what may have become of a task after a power cut."""
-        self.log.append(Operation(fates=(payload, frozenset(fates))))
-
     def note(self, name: str, *args: Any, **kwargs: Any) -> Any:
         """Stands in for a filesystem call: makes it, and if it worked, records it."""
-        if self.fails_at and str(args[0]).endswith(self.fails_at):
-            self.fails_at = ""
-            raise OSError(errno.EIO, os.strerror(errno.EIO), args[0])
-        existed = name == "open" and os.path.lexists(args[0])
         result = REAL[name](*args, **kwargs)
-        if name == "open":
-            self._open(result, existed, *args)
-        elif record := getattr(self, f"_{name}", None):
-            record(*args)
+        if record := getattr(self, f"_{name}", None):
+            record(result, *args)
         return result
 
     def _change(
@@ -5394,39 +4394,39 @@ class Disk:
             added[0].entries[added[1]] = (added[2], len(self.log))
         self.log.append(Operation(removed, added, tuple(i for i in needs if i >= 0)))
 
-    def _open(self, descriptor: int, existed: bool, path: str, *rest: object) -> None:
-        if path == self.base:
+    def _open(self, descriptor: int, path: Any, *rest: object) -> None:
+        if str(path) == self.base:
             self.open[descriptor] = self.root
-        elif path.startswith(self.base):
+        elif str(path).startswith(self.base):
             folder, name = self.place(path)
-            if not existed:
+            if name not in folder.entries:
                 self._change(added=(folder, name, Node()))
             self.open[descriptor] = folder.entries[name][0]
 
-    def _write(self, descriptor: int, data: bytes) -> None:
+    def _write(self, count: int, descriptor: int, data: bytes) -> None:
         if node := self.open.get(descriptor):
-            node.content += bytes(data)
+            node.content += bytes(data[:count])
             self.log.append(Operation(written=(node, node.content)))
 
-    def _fsync(self, descriptor: int) -> None:
+    def _fsync(self, _: None, descriptor: int) -> None:
         if node := self.open.get(descriptor):  # a directory above `base` is certain already
             self.log.append(Operation(synced=node))
 
-    def _close(self, descriptor: int) -> None:
+    def _close(self, _: None, descriptor: int) -> None:
         self.open.pop(descriptor, None)
 
-    def _mkdir(self, path: str, *rest: object) -> None:
+    def _mkdir(self, _: None, path: Any, *mode: int) -> None:
         self._change(added=(*self.place(path), Node(is_directory=True)))
 
-    def _rename(self, source: str, target: str) -> None:
+    def _rename(self, _: None, source: Any, target: Any) -> None:
         removed = self.place(source)
         self._change(removed, (*self.place(target), removed[0].entries[removed[1]][0]))
 
-    def _link(self, source: str, target: str) -> None:
+    def _link(self, _: None, source: Any, target: Any) -> None:
         folder, name = self.place(source)
         self._change(added=(*self.place(target), folder.entries[name][0]))
 
-    def _unlink(self, path: str) -> None:
+    def _unlink(self, _: None, path: Any) -> None:
         self._change(self.place(path))
 
     _rmdir = _unlink
@@ -5460,9 +4460,7 @@ class Disk:
         written: dict[Node, bytes] = {}
         renames, last = [], {}
         for i, operation in enumerate(self.log[:end]):
-            if missing.intersection(
-                operation.needs
-            ):  # what builds on something missing is missing, too
+            if missing.intersection(operation.needs):  # what builds on it is missing, too
                 missing.add(i)
             if operation.written:
                 written[operation.written[0]] = operation.written[1]
@@ -5496,263 +4494,96 @@ class Disk:
         return found
 
 
-class PowerCutWorkload:
-    """Does everything that a durable queue can do, and says to `disk` what it was promised."""
-
-    def __init__(self, disk: Disk, directory: Path, clock: Time) -> None:
-        self.disk = disk
-        self.directory = directory
-        self.clock = clock
-        self.ids: dict[bytes, str] = {}
-        self.numbers = itertools.count()
-        disk.fails_at = "/pending"
-        with pytest.raises(OSError):
-            self.open()  # and what this one made, the next one makes durable
-        self.queue = self.open()
-        self.run()
-
-    def open(self) -> FemtoQueue:
-        return FemtoQueue(self.directory, "a", LONG_MS, sync_after_write=True)
-
-    def promise(self, payload: bytes, before: str, after: str, call: Callable[[], Any]) -> Any:
-        """Make a call; when it has returned, nothing but `after` is possible."""
-        self.disk.fate(payload, before, after)
-        result = call()
-        self.disk.fate(payload, after)
-        return result
-
-    def payload(self) -> bytes:
-        return b"task %d" % next(self.numbers)
-
-    def add(self, call: Callable[..., str], *arguments: object) -> bytes:
-        payload = self.payload()
-        self.ids[payload] = self.promise(payload, "gone", "live", lambda: call(payload, *arguments))
-        return payload
-
-    def push(self, count: int = 1) -> None:
-        for _ in range(count):
-            self.add(self.queue.push)
-
-    def push_many(self, count: int) -> None:
-        payloads = [self.payload() for _ in range(count)]
-        for payload in payloads:
-            self.disk.fate(payload, "gone", "live")
-        self.ids.update(zip(payloads, self.queue.push_many(payloads), strict=True))
-        for payload in payloads:
-            self.disk.fate(payload, "live")
-
-    def write_source(self, *synced: str) -> tuple[bytes, str]:
-        """Make a file in `base`, of which only `synced` is certain to be on disk."""
-        payload, source = self.payload(), self.disk.base + "/source"
-        self.disk.fate(payload, "gone", "source")
-        descriptor = os.open(source, os.O_WRONLY | os.O_CREAT, 0o666)
-        os.write(descriptor, payload)
-        os.close(descriptor)
-        self.sync(*synced)
-        return payload, source
-
-    def sync(self, *paths: str) -> None:
-        for path in paths:
-            descriptor = os.open(path, os.O_RDONLY)
-            os.fsync(descriptor)
-            os.close(descriptor)
-
-    def put_by_hand(self, ahead_s: float = 0) -> None:
-        """Somebody moves a file into pending/."""
-        base = self.disk.base
-        payload, source = self.write_source(base + "/source", base)
-        self.disk.fate(payload, "source", "live")
-        self.ids[payload] = "%016d_%d" % ((self.clock.wall + ahead_s) * 1e6, next(self.numbers))
-        os.rename(source, f"{self.directory}/pending/{self.ids[payload]}")
-        self.sync(f"{self.directory}/pending", base)
-        self.disk.fate(payload, "live")
-
-    def push_file(self, move: bool) -> None:
-        """One that nobody has synced."""
-        payload, source = self.write_source()
-        after = ["live"] if move else ["live", "both"]
-        self.disk.fate(payload, "gone", "source", *after)
-        with contextlib.nullcontext(source) if move else open(source, "rb") as file:
-            self.ids[payload] = self.queue.push_file(file, move=move)
-        self.disk.fate(payload, *after)
-        if not move:
-            os.unlink(source)
-            self.sync(self.disk.base)
-            self.disk.fate(payload, "live")
-
-    def pop(self) -> FemtoTask:
-        task = self.queue.pop()
-        assert task is not None
-        return task
-
-    def done(self, task: FemtoTask) -> None:
-        self.promise(task.data, "live", "done", lambda: self.queue.done(task))
-
-    def retry(self, task: FemtoTask, delay_ms: int = 0) -> None:
-        self.promise(task.data, "live, perhaps twice", "live", lambda: self.queue.retry(task, delay_ms))
-
-    def work(self, count: int) -> None:
-        for _ in range(count):
-            self.done(self.pop())
-
-    def run(self) -> None:
-        queue = self.queue
-        self.disk.fate(b"layout", "layout")
-        self.push()
-        self.disk.fate(b"clock", "clock")  # chosen at the first stamp
-        self.push(10)
-        self.work(2)
-        now_us = int(self.clock.wall * 1e6)
-        later = [
-            self.add(queue.schedule, now_us + in_s * 10**6) for in_s in (60, 60, 3_600, 7_200, 9_000)
-        ]
-        self.push_many(7)
-        for move in (True, False, True):
-            self.push_file(move)
-        self.put_by_hand()
-        self.put_by_hand(ahead_s=1_000)
-        failed = self.pop()
-        self.promise(failed.data, "live", "failed", lambda: queue.fail(failed, "why"))
-        self.retry(self.pop())
-        self.retry(self.pop(), 30_000)
-        held, *others = [self.pop() for _ in range(8)]  # out of several buckets
-        queue.touch(held)
-        for task in others[::-2] + others[1::2]:
-            self.done(task)
-        self.clock.advance(31)
-        self.work(1)
-        self.clock.advance(31)  # two fell due
-        self.work(3)
-        self.promise(failed.data, "failed", "live", lambda: queue.requeue(failed.id))
-        self.promise(later[2], "live", "gone", lambda: queue.cancel(self.ids[later[2]]))
-        self.promise(later[3], "live", "live", lambda: queue.requeue(self.ids[later[3]]))
-        self.clock.step_wall(9_000)
-        while (task := self.pop()).id != self.ids[later[4]]:
-            self.done(task)
-        self.retry(task)  # at a new place: its id is ahead of the queue clock
-        self.push(3)
-        victim = next(queue.ids("pending"))
-        payload = next(data for data, id in self.ids.items() if id == victim)
-        self.promise(payload, "live", "gone", lambda: queue.cancel(victim))
-        self.done(held)
-        other, moved = self.open(), pickle.loads(pickle.dumps(self.pop()))
-        self.promise(moved.data, "live", "done", lambda: other.done(moved))
-        held = self.pop()
-        self.push()  # with which the claim is certain, too
-        self.queue = queue = self.open()  # what the first one held is taken back
-        self.work(2)
-        self.clock.advance(2_000)
-        while task := queue.pop():
-            self.done(task)
-        for _ in range(3):
-            self.clock.advance(10)
-            assert queue.pop() is None  # buckets are removed, and its own directory
-        self.push(2)
-        self.promise(held.data, "done", "live", lambda: queue.requeue(held.id))
-        held = self.pop()
-        self.clock.wall = max(5e9, self.clock.wall)  # file times are not ours to patch
-        waiting = [data for data, id in self.ids.items() if queue.status(id) == "pending"]
-        for payload in waiting:
-            self.disk.fate(payload, "live", "gone")
-        assert queue.purge("pending", 0) == len(waiting) > 1
-        for payload in waiting:
-            self.disk.fate(payload, "gone")
-        self.promise(held.data, "live, perhaps twice", "live", queue.close)
-
-
-def check_image(
-    image: dict[str, bytes], fates: dict[bytes, frozenset[str]], queue: str, half: bool
-) -> None:
-    """Each task is whole, and where it may be; if a call did not return, perhaps at both places."""
+def check_image(image: dict[str, bytes], possible: dict[bytes, set[str]], twice: bool) -> None:
+    """Each task is whole, and where it may be; at one place, or `twice` if no call returned meanwhile."""
     live = dict.fromkeys(("pending", "scheduled", "in_progress"), "live")
     found: dict[bytes, list[str]] = {}
     for path, content in image.items():
-        state = path.removeprefix(queue).split("/")[0].split("-")[0]
-        if state in ("clock", "layout"):
+        state = path.removeprefix("nested/twice/queue/").split("/")[0]
+        if state.startswith(("clock-", "layout")):
             assert content.endswith(b"\n"), f"{path} is broken"
-            found[state.encode()] = [state]
-        elif state != "creating" and not path.endswith("~reason") and (state != "source" or content):
-            assert content in fates, f"{path} holds {content!r}"
+        elif state in STATES and not path.endswith("~reason"):
+            assert content in possible, f"{path} holds {content!r}"
             found.setdefault(content, []).append(live.get(state, state))
-    for payload, possible in fates.items():
+    for payload, fates in possible.items():
         places = found.get(payload, ["gone"])
-        if "both" in possible and {*places} == {"live", "source"}:
-            places = ["both"]
-        assert {*places} <= possible, f"{payload!r} is {places}, not {set(possible)}"
-        # With half renames it may be at both, before the call that renames it has returned.
-        twice = half and "live, perhaps twice" in possible
-        assert twice or len({*places}) == len(places), f"{payload!r} is visible twice: {places}"
-        assert half or len(places) == 1, f"{payload!r} is at both places: {places}"
+        assert {*places} <= fates, f"{payload!r} is {places}, not {fates}"
+        assert twice or len(places) == 1, f"{payload!r} is visible twice: {places}"
 
 
 def reopen_image(
-    image: dict[str, bytes], fates: dict[bytes, frozenset[str]], queue: str, place: Path, clock: Time
+    image: dict[str, bytes], possible: dict[bytes, set[str]], twice: bool, place: Path, clock: Time
 ) -> None:
     """Put an image of the disk on a disk, and work on it."""
     for path, content in image.items():
         put(place / path, content)
     clock.advance(10**6)
-    delivered = drained(FemtoQueue(place / queue, "a", LONG_MS, keep_done=False))
-    for payload, possible in fates.items():
-        if possible == {"live"}:
-            count = delivered.count(payload)
-            assert count == 1, f"{payload!r} is delivered {count} times"
-        assert {"live", "both"} & possible or payload not in delivered, (
-            f"{payload!r} is delivered again"
-        )
+    delivered = drained(FemtoQueue(place / "nested/twice/queue", "a", LONG_MS, keep_done=False))
+    for payload, fates in possible.items():
+        count = delivered.count(payload)
+        assert count == 1 or twice or fates != {"live"}, f"{payload!r} is delivered {count} times"
+        assert count == 0 or "live" in fates, f"{payload!r} is delivered again"
     shutil.rmtree(place)
 
 
+FINISHED_FIRST: Fates = {b"first": ("delivered 1", "done")}
+CUTS = {name: case for name, case in CASES.items() if not re.search("broken|elsewhere", name)} | {
+    "pop_and_done": Case(FINISHED_FIRST, "q.done(q.pop())"),
+    "pop_and_done_by_another_object": Case(
+        FINISHED_FIRST, "s.open().done(pickle.loads(pickle.dumps(q.pop())))"
+    ),
+    "pop_and_retry": Case({}, "q.retry(q.pop())"),
+    "pop_and_fail": Case({b"first": ("delivered 1", "failed")}, "q.fail(q.pop())"),
+    "pop_from_the_dead_and_done": Case(ENDED, "q.done(q.pop())", "s.reopen(keep=False)"),
+    "pop_from_the_hung_and_done": Case(FINISHED_FIRST, "q.done(q.pop())", "s.hang()"),
+    "push_after_another_object_moved_one_that_fell_due": Case(
+        FIRST | LATER | PUSHED, "s.open().push(b'new')", "s.clock.advance(3_700) or s.pop_first()"
+    ),
+    "done_of_one_that_fell_due": Case(
+        FINISHED_FIRST | {b"second": ("delivered 1", "done"), b"later": ("later 1", "done")},
+        *("[q.done(q.pop()) for _ in range(3)]", "s.clock.advance(3_700)"),
+    ),
+    "done_out_of_two_buckets": Case(
+        FINISHED_FIRST | {b"second": ("delivered 1", "done")},
+        "[q.done(task) for task in [q.pop(), q.pop()][::-1]]",
+    ),
+}
+
+
 @pytest.mark.parametrize("half", [False, True], ids=["whole renames", "half renames"])
+@pytest.mark.parametrize("name", CUTS)
 def test_power_cut_after_every_operation(
-    half: bool, scratch: Path, clock: Time, monkeypatch: pytest.MonkeyPatch
+    name: str, half: bool, scratch: Path, clock: Time, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With sync_after_write, what returned survives a power cut at any point, `done` included."""
-    monkeypatch.setattr(femtoqueue, "_BUCKET_TASKS", 5)
-    disk = Disk(scratch)
-    queue = "nested/twice/"
+    monkeypatch.setattr(femtoqueue, "_BUCKET_TASKS", 2)
+    case, disk, chance = CUTS[name], Disk(scratch), random.Random(5)
     with Steps(1, disk.note, once=False):
-        PowerCutWorkload(disk, scratch / queue, clock)
-    chance = random.Random(5)
-    fates: dict[bytes, frozenset[str]] = {}
-    problems: dict[str, int] = {}  # and after which operation it was first seen
-    images = reopened = 0
-    for end in range(len(disk.log) + 1):
+        stage = Stage(case, scratch / "nested/twice/queue", True, clock)
+        begin = len(disk.log)
+        stage.act()
+    stage.drop()
+    images = 0
+    for end in range(begin, len(disk.log) + 1):
+        returned = end == len(disk.log)
+        possible = case.at_a_power_cut(returned)
         uncertain = disk.uncertain(end)
-        choices = [set(uncertain), set(), {i for i in uncertain if chance.random() < 0.5}]
-        if uncertain:
-            one = chance.choice(uncertain)
+        choices = [
+            set(uncertain),
+            set(),
+            *({i for i in uncertain if chance.random() < 0.5} for _ in "12"),
+        ]
+        for one in uncertain:
             choices += [{one}, {*uncertain} - {one}]
         for missing in choices:
             images += 1
             image = disk.image(end, missing, images % 2 == 0, half)
-            try:
-                check_image(image, fates, queue, half)
-                if images % 20 == 0:
-                    reopen_image(image, fates, queue, scratch / f"cut {images}", clock)
-                    reopened += 1
-            except AssertionError as problem:
-                problems.setdefault(str(problem).partition("\n")[0], end)
-        if end < len(disk.log) and (fate := disk.log[end].fates):
-            fates[fate[0]] = fate[1]
-    assert not problems, "\n".join(f"after operation {end}: {what}" for what, end in problems.items())
-    figure("power cuts", operations=len(disk.log), images=images, of_which_reopened=reopened)
-
-
-def test_a_directory_made_again_is_synced_before_other_threads_claim(
-    directory: Path, clock: Time, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """No thread of a durable worker claims into its directory while another one is yet to sync it."""
-    queue = FemtoQueue(directory, "a", sync_after_write=True)
-    queue.push(b"0")
-    queue.done(queue.pop())
-    for _ in range(3):
-        clock.advance(10)
-        assert queue.pop() is None  # and its directory is removed
-    queue.push_many([b"1", b"2"])
-    with synced_slowly(queue, "/in_progress", monkeypatch) as events:
-        assert queue.pop()
-    assert events == ["synced", "returned"]
+            check_image(image, possible, half and not returned)
+            assert "nested/twice/queue/layout" in image or not (returned or case.world)
+            assert any("/clock-" in path for path in image) or not case.world
+            if images % 20 == 0:
+                reopen_image(image, possible, half and not returned, scratch / f"cut {images}", clock)
+    figure("power cuts", calls=1, operations=len(disk.log), images=images)
 
 
 @pytest.mark.parametrize("call", ["pop", "done"])
@@ -5761,7 +4592,7 @@ def test_what_could_not_be_synced_is_synced_later(
 ) -> None:
     """A task's way back whose fsync failed is synced by the next call that works: pop, or any done."""
     queue = FemtoQueue(directory, "a", sync_after_write=True)
-    other = FemtoQueue(directory, "b", 1_000, sync_after_write=True)
+    other = FemtoQueue(directory, "b", 1_000)
     other.push_many([b"1", b"2"])
     lost, held = other.pop(), queue.pop()
     clock.advance(2.1)
@@ -5857,9 +4688,8 @@ def check_at_once(stage: Stage, allowed: dict[bytes, set[str]], error: bool) -> 
     assert not (error and stage.durable and stage.pushed), "a durable push_many that raised is undone"
     for payload, states in there.items():
         assert len(states) == 1, f"{payload!r} is visible {len(states)} times: {states}"
-        assert states[0] in allowed.get(payload, ()), (
-            f"{payload!r} is {states[0]}: {allowed.get(payload)}"
-        )
+        possible = allowed.get(payload, ())
+        assert states[0] in possible, f"{payload!r} is {states[0]}: {possible}"
 
 
 def run_with_fault(stage: Stage, case: Case, name: str, steps: Steps, step: str, code: str) -> None:
@@ -5940,8 +4770,9 @@ def test_failing_from_a_filesystem_call_on(
 ) -> None:
     """A disk that stays broken from the middle of a call on, and is repaired: nothing is lost."""
     case = CASES[name]
-    adds = "gone" in case.before().values()
+    adds = "gone" in case.fates(0).values()
     count = len(steps_of(case, scratch / "plain", durable, clock))
+    descriptors = len(os.listdir("/proc/self/fd"))
     for at in range(1, count + 1):
         stage = Stage(case, scratch / str(at), durable, clock)
         error = False
@@ -5952,6 +4783,7 @@ def test_failing_from_a_filesystem_call_on(
                 error = True
         if error and not adds:  # made again, what could not be withdrawn would be there twice
             stage.act()
+        assert len(os.listdir("/proc/self/fd")) == descriptors, "a file was left open"
         stage.drop()
         allowed = case.allowed(not (error and adds), disordered=name.startswith("pop"))
         audit(stage.directory, clock, allowed)
@@ -5959,73 +4791,30 @@ def test_failing_from_a_filesystem_call_on(
     figure("failing from some step on", calls=1, faults=count)
 
 
-# What each call does to a task that was claimed: the state that it is in afterwards.
-AWAY: dict[str, tuple[Callable[[FemtoQueue, FemtoTask], object], str]] = {
-    "push": (lambda q, task: q.push(b"y"), "in_progress"),
-    "push_many": (lambda q, task: q.push_many([b"y"]), "in_progress"),
-    "schedule": (lambda q, task: q.schedule(b"y", 10**15), "in_progress"),
-    "pop": (lambda q, task: q.pop(), "in_progress"),
-    "done": (lambda q, task: q.done(task), "done"),
-    "fail": (lambda q, task: q.fail(task, "why"), "failed"),
-    "retry": (lambda q, task: q.retry(task), "pending"),
-    "retry later": (lambda q, task: q.retry(task, 10_000), "scheduled"),
-    "touch": (lambda q, task: q.touch(task), "in_progress"),
-    "status": (lambda q, task: q.status(task.id), "in_progress"),
-    "counts": (lambda q, task: q.counts(), "in_progress"),
-    "requeue": (lambda q, task: q.requeue(task.id), "in_progress"),
-    "cancel": (lambda q, task: q.cancel(task.id), "in_progress"),
-    "purge": (lambda q, task: q.purge("done", 0), "in_progress"),
-}
-
-
-@pytest.mark.parametrize("mounted", [False, True], ids=["gone", "an empty directory"])
-@pytest.mark.parametrize("call", AWAY)
-def test_while_the_directory_is_away(tmp_path: Path, call: str, mounted: bool) -> None:
-    """data_dir renamed or unmounted: OSError, nothing is made, a claim is neither finished nor lost."""
-    make, state = AWAY[call]
-    for durable, keep in itertools.product((False, True), repeat=2):
-        directory = tmp_path / f"{durable}-{keep}"
-        q = FemtoQueue(directory, "node", 30_000, durable, keep_done=keep, keep_failed=keep)
-        q.push(b"x")
-        task = q.pop()
-        elsewhere = directory.rename(directory.with_name("elsewhere"))
-        if mounted:
-            directory.mkdir()
-        for _ in range(2):
-            with pytest.raises(OSError) as caught:
-                make(q, task)
-            assert caught.value.filename.startswith(str(directory))
-        assert directory.exists() is mounted and not (mounted and os.listdir(directory))
-        if mounted:
-            directory.rmdir()
-        elsewhere.rename(directory)
-        assert q.status(task.id) == "in_progress" and not task.lost
-        make(q, task)
-        assert q.status(task.id) == (state if keep or state not in ("done", "failed") else None)
-        if state == "in_progress":
-            q.done(task)
-        else:
-            with pytest.raises(NotInProgress):
-                q.done(task)
-
-
-@pytest.mark.parametrize("call", ["push", "push_many", "schedule", "push_file"])
-def test_a_push_whose_file_was_deleted(
-    directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str
-) -> None:
+@pytest.mark.parametrize("call", ["push(b'x')", "push_many([b'x'])", "schedule(b'x', 10**15)"])
+def test_a_push_whose_file_was_deleted(directory: Path, call: str) -> None:
     """Somebody empties creating/ during a push: it raises FileNotFoundError, and there is no task."""
-    queue = FemtoQueue(directory, "a", sync_after_write=call == "push_many")
-    what: Any = {"push_many": [b"x"], "push_file": put(tmp_path / "file")}.get(call, b"x")
+    queue = FemtoQueue(directory, "a", sync_after_write="many" in call)
 
-    def too_late(source: str, target: str) -> None:
-        Path(source).unlink(missing_ok=True)
-        REAL["rename"](source, target)
+    def too_late(name: str, path: Any, *rest: Any, **options: Any) -> Any:
+        if name == "rename":
+            Path(path).unlink(missing_ok=True)
+        return REAL[name](path, *rest, **options)
 
-    with monkeypatch.context() as patch, pytest.raises(FileNotFoundError) as caught:
-        patch.setattr(os, "rename", too_late)
-        getattr(queue, call)(what, *[10**15][: call == "schedule"])
+    with Steps(1, too_late, once=False), pytest.raises(FileNotFoundError) as caught:
+        eval(f"queue.{call}")
     assert caught.value.filename.startswith(f"{directory}/creating/")
     assert not any(queue.counts().values())
+
+
+def test_ids_raise_or_leave_nothing_out(queue: FemtoQueue, refuse: Refusal) -> None:
+    """ids never reports a task absent that exists all the while, whatever cannot be listed."""
+    ids = list(queue.ids("pending"))
+    refuse("list", "/pending/", errno.EIO)
+    with pytest.raises(OSError):
+        list(queue.ids("pending"))
+    refuse.rules.clear()
+    assert list(queue.ids("pending")) == ids
 
 
 def put_stuck(queue: FemtoQueue, place: str, clock: Time) -> str:
@@ -6051,78 +4840,52 @@ def put_stuck(queue: FemtoQueue, place: str, clock: Time) -> str:
         *(("bucket", "list", errno.EACCES), ("owner", "list", errno.EACCES)),
         *(("due", "move", errno.EACCES), ("claim", "move", errno.EACCES)),
     ],
-    ids=lambda value: errno.errorcode[value] if isinstance(value, int) else value,
 )
 def test_a_task_that_cannot_be_had_holds_up_no_other(
     directory: Path, clock: Time, refuse: Refusal, caplog: Any, place: str, what: str, code: int
 ) -> None:
-    """What may not be read or moved is logged and stays; pop and run go on, and raise at the end."""
+    """What may not be read or moved is passed over, logged once a minute, and tried again a minute later.
+
+    pop and run raise only if there is nothing else.
+    """
     queue = FemtoQueue(directory, "a")
     part = put_stuck(queue, place, clock)
     [path] = [path for path in directory.rglob("*_*") if path.is_file()]
-    queue.push_many([b"4", b"5"])
     refuse(what, part, code)
-    assert drained_one(queue) == b"4" and drained_one(FemtoQueue(directory, "b")) == b"5"
-    assert part in caplog.text and {record.name for record in caplog.records} == {"femtoqueue"}
+    for minute in range(1, 4):
+        end_s = clock.boot + 60.5
+        while clock.boot < end_s:
+            queue.push(b"other")
+            assert drained_one(queue) == b"other"
+            clock.advance(0.6)
+        assert minute <= len(caplog.messages) <= minute + 1
+        assert all(part in message for message in caplog.messages)
+    queue.push(b"1")
     handled: list[bytes] = []
 
     def handle(task: FemtoTask) -> None:
         handled.append(task.data)
-        if task.data != b"0":
-            queue.push(b"%d" % (int(task.data) - 1))
+        if task.data == b"1":
+            queue.push(b"2")
 
-    queue.push(b"3")
-    for call in (
-        lambda: queue.run(handle, until_empty=True),
-        queue.pop,
-        FemtoQueue(directory, "b").pop,
-    ):
+    new = FemtoQueue(directory, "b")
+    for call in (lambda: queue.run(handle, until_empty=True), queue.pop, new.pop):
         with pytest.raises(OSError) as caught:
             call()
         assert (caught.value.errno, part in caught.value.filename) == (code, True)
-        assert path.read_bytes() == b"stuck" and handled == [b"3", b"2", b"1", b"0"]
+        assert path.read_bytes() == b"stuck" and handled == [b"1", b"2"]
     refuse.rules.clear()
-    with pytest.MonkeyPatch.context() as patch:  # repaired, it is found even among passing faults
-        failed = fail_once(patch, "scandir", "pending")
+    task, end_s = None, clock.boot + 65
+    while task is None or task.data == b"other":
+        assert clock.boot < end_s
+        queue.push(b"other")
         task = queue.pop()
-    assert failed and task and task.data == b"stuck"
-    assert task.attempt == (2 if place in ("claim", "owner") else 1)
+        queue.done(task)
+        clock.advance(0.6)
+    assert (task.data, task.attempt) == (b"stuck", 2 if place in ("claim", "owner") else 1)
 
 
-def fail_once(monkeypatch: pytest.MonkeyPatch, name: str, part: str, times: int = 1) -> list[str]:
-    """Let the next os.<name> of a path with `part` in it raise EIO; the list tells when it did."""
-    real = getattr(os, name)
-    failed: list[str] = []
-
-    def call(path: str, *rest: Any) -> Any:
-        if part in path and len(failed) < times:
-            failed.append(path)
-            raise OSError(errno.EIO, os.strerror(errno.EIO), path)
-        return real(path, *rest)
-
-    monkeypatch.setattr(os, name, call)
-    return failed
-
-
-@pytest.mark.parametrize("at", [0, 1])
-@pytest.mark.parametrize("name", ["open", "rename", "scandir"])
-def test_a_passing_fault_changes_nothing(
-    directory: Path, clock: Time, monkeypatch: pytest.MonkeyPatch, caplog: Any, name: str, at: int
-) -> None:
-    """What fails once is had at the second try, within the same pop: in order, and no word is said."""
-    queue = FemtoQueue(directory, "a")
-    ids = []
-    for payload in (b"1", b"2", b"3"):
-        ids.append(queue.push(payload))
-        clock.advance(2_000)  # each in a bucket of its own
-    tasks = [queue.pop() for _ in range(at)]
-    failed = fail_once(monkeypatch, name, f"/pending/{ids[at][:7]}" if name == "scandir" else ids[at])
-    tasks += [queue.pop() for _ in range(3 - at)]
-    assert failed and caplog.messages == []
-    assert [task and (task.id, task.attempt) for task in tasks] == [(id, 1) for id in ids]
-
-
-@pytest.mark.parametrize("how", ["waiting", "waiting shortly", "polling", "started again"])
+@pytest.mark.parametrize("how", ["waiting", "polling", "started again"])
 @pytest.mark.parametrize("state", ["in_progress", "scheduled"])
 def test_very_many_that_cannot_be_moved_hold_up_no_other(
     directory: Path, clock: Time, refuse: Refusal, monkeypatch: pytest.MonkeyPatch, state: str, how: str
@@ -6130,72 +4893,40 @@ def test_very_many_that_cannot_be_moved_hold_up_no_other(
     """More abandoned or due tasks than one look moves, that stay where they are, starve none."""
     monkeypatch.setattr(femtoqueue, "_BATCH", 5)
     queue = FemtoQueue(directory, "a")
+    stuck, good = {
+        "in_progress": (DEAD_OWNER, DEAD_OWNER + "good"),
+        "scheduled": ("1700000000000000", "1700000000000001"),
+    }[state]
     for number in range(18):
-        good = number == 17
-        folder = f"{1_700_000_000_000_000 + good:016d}"
-        if state == "in_progress":
-            folder = DEAD_OWNER + "good" * good
         name = f"17000000000000{number:02d}_x~1~17000000000001{number:02d}"
-        put(directory / state / folder / name, b"%d" % number)
-    stuck = DEAD_OWNER if state == "in_progress" else "scheduled/1700000000000000"
+        put(directory / state / (good if number == 17 else stuck) / name, b"%d" % number)
     refuse("move", f"/{stuck}/", errno.EACCES)
     task = None
-    for _ in range(50):
+    while task is None and clock.boot < 5_060:
         with contextlib.suppress(PermissionError):  # and made again, it gets further
-            task = queue.pop({"waiting": 1.2, "waiting shortly": 0.3}.get(how, 0))
-            break
-        clock.advance(0.1 if how in ("polling", "waiting shortly") else 1.2)
+            task = queue.pop(1.2 if how == "waiting" else 0)
+        clock.advance(0.1 if how == "polling" else 1.2)
         if how == "started again":
             queue = FemtoQueue(directory, "a")
     assert task and task.data == b"17"
 
 
-def test_what_cannot_be_had_is_logged_once_a_minute(
-    directory: Path, clock: Time, refuse: Refusal, caplog: pytest.LogCaptureFixture
-) -> None:
-    """What cannot be had costs a line a minute, not one at each pop; a minute later it has its turn."""
-    queue = FemtoQueue(directory, "a")
-    put_stuck(queue, "owner", clock)
-    [hidden] = os.listdir(directory / "in_progress")
-    bucket = put_stuck(queue, "bucket", clock)
-    stuck = queue.push(b"stuck")
-    refuse("list", hidden, errno.EACCES)
-    refuse("list", bucket, errno.EACCES)
-    refuse("open", stuck, errno.EACCES)
-    for minute in range(1, 5):
-        if minute == 4:
-            refuse.rules.clear()
-        found, begun_s = [], clock.boot
-        while clock.boot < begun_s + 60.5 + 5 * (minute == 4):
-            queue.push(b"other")
-            found.append(drained_one(queue))
-            clock.advance(0.6)
-        for name in (hidden, bucket, stuck):
-            told = sum(name in record.getMessage() for record in caplog.records)
-            assert min(3, minute) <= told <= minute + 1
-        assert found.count(b"stuck") == 3 * (minute == 4)
-    assert len(caplog.records) <= 12
-
-
-@pytest.mark.parametrize("place", ["pending", "due", "claim"])
+@pytest.mark.parametrize("place", ["pending", "scheduled", "in_progress"])
 @pytest.mark.parametrize("code", [errno.EROFS, errno.ENOSPC])
 def test_a_fault_of_the_whole_filesystem_is_no_tasks_fault(
     directory: Path, clock: Time, refuse: Refusal, place: str, code: int
 ) -> None:
     """A full or read-only disk costs a pop a few calls, whatever waits; then, order is exact."""
     queue = FemtoQueue(directory, "a")
-    folder = {"pending": "pending/1700000000000000", "due": "scheduled/1700000000000000"}.get(
-        place, f"in_progress/{DEAD_OWNER}"
-    )
+    folder = directory / place / (DEAD_OWNER if place == "in_progress" else "1700000000000000")
     ids = [f"17000000000000{number:02d}_x" for number in range(50)]
     for id in ids:
-        put(directory / folder / (id if place == "pending" else f"{id}~0~{id[:16]}"), id.encode())
-    refuse("move", folder, code)
-    for _ in range(3):
-        before = refuse.count
+        put(folder / (id if place == "pending" else f"{id}~0~{id[:16]}"), id.encode())
+    refuse("move", str(folder), code)
+    for at in range(1, 4):
         with pytest.raises(OSError) as caught:
             queue.pop()
-        assert caught.value.errno == code and refuse.count - before < 15
+        assert caught.value.errno == code and refuse.count < 15 * at
     refuse.rules.clear()
     assert drained(queue) == [id.encode() for id in ids]
 
@@ -6227,7 +4958,7 @@ def test_a_worker_that_stays_outlives_what_cannot_be_had(
 def test_without_descriptors_for_the_log(directory: Path) -> None:
     """A worker that can open no file, not even to import what logs, stays, and goes on when it can."""
     code = """
-import resource, signal, threading
+import resource
 q = FemtoQueue(sys.argv[1], "node")
 q.push_many([b"1", b"2"])
 soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -6260,9 +4991,9 @@ def test_a_full_disk_stops_no_task_that_needs_no_room(
         put(directory / "pending" / OLD_ID, b"not its payload")
         (directory / "corrupt").rmdir()
     else:
-        bucket = directory / "scheduled" / f"{NOW_US - 10**9:016d}"
-        folder = directory / "in_progress" / DEAD_OWNER if place == "claim" else bucket
-        put(folder / f"{NOW_US - HOUR_US}_stuck~1~{NOW_US + (10**8 if place == 'later' else -1)}")
+        folder = f"in_progress/{DEAD_OWNER}" if place == "claim" else f"scheduled/{NOW_US - 10**9}"
+        due_us = NOW_US + (10**8 if place == "later" else -1)
+        put(directory / folder / f"{NOW_US - HOUR_US}_stuck~1~{due_us}")
     queue.push_many([b"1", b"2", b"3", b"4"])
     clock.advance(1.5)
     refused: list[str] = []
@@ -6275,47 +5006,33 @@ def test_a_full_disk_stops_no_task_that_needs_no_room(
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "mkdir", mkdir)
-        found = [drained_one(queue) for _ in range(2)]
-        before = len(refused)
-        found += [drained_one(queue) for _ in range(2)]
-        assert found == [b"1", b"2", b"3", b"4"]
-        assert len(refused) == before, "what cannot be had is tried again at each pop"
+        found = [(drained_one(queue), len(refused)) for _ in range(4)]
+    assert [data for data, _ in found] == [b"1", b"2", b"3", b"4"]
+    assert found[1][1] == found[3][1], "what cannot be had is tried again at each pop"
     clock.advance(200)
-    if place == "broken":
-        assert queue.pop() is None and names(directory, "corrupt") == [OLD_ID]
-    else:
-        assert drained(queue) == [b"x"]
+    assert drained(queue) == ([] if place == "broken" else [b"x"])
+    assert names(directory, "corrupt") == ([OLD_ID] if place == "broken" else [])
 
 
-def test_without_room_for_the_own_directory(
-    clock: Time, queue: FemtoQueue, monkeypatch: pytest.MonkeyPatch, caplog: Any
+def test_a_worker_that_cannot_claim_says_so_once_a_minute(
+    clock: Time, queue: FemtoQueue, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A worker that polls while it cannot claim takes no memory, and says so once a minute."""
+    """Where its own directory cannot be made, each pop raises, and one line a minute is logged."""
 
-    def mkdir(path: str, *mode: int) -> None:
-        if "in_progress" in path:
-            raise PermissionError(errno.EACCES, "not here", path)
-        REAL["mkdir"](path, *mode)
+    def refuse(name: str, *args: Any, **options: Any) -> Any:
+        if name == "mkdir" and "in_progress" in args[0]:
+            raise PermissionError(errno.EACCES, "not here", args[0])
+        return REAL[name](*args, **options)
 
-    def poll(times: int) -> int:
-        for _ in range(times):
-            with contextlib.suppress(PermissionError):
-                raise AssertionError(queue.pop())
-        gc.collect()
-        return tracemalloc.get_traced_memory()[0]
-
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "mkdir", mkdir)
-        tracemalloc.start()
-        try:
-            assert -poll(20) + poll(200) < 20_000
-        finally:
-            tracemalloc.stop()
+    with Steps(1, refuse, once=False):
+        for _ in range(20):
+            with pytest.raises(PermissionError):
+                queue.pop()
     assert len(caplog.records) <= 2, "one for each task"
     assert drained(queue) == [b"a", b"b"]
 
 
-@pytest.mark.parametrize("world", ["nothing else", "set aside", "not listed", "retried"])
+@pytest.mark.parametrize("world", ["nothing else", "set aside", "retried"])
 def test_pop_while_another_thread_is_at_work(
     scratch: Path, clock: Time, refuse: Refusal, monkeypatch: pytest.MonkeyPatch, world: str
 ) -> None:
@@ -6331,7 +5048,7 @@ def test_pop_while_another_thread_is_at_work(
         elif world == "nothing else":
             queue.cancel(ids[0])
             left, ids = [b"b"], [ids[1]]
-        if world in ("nothing else", "set aside"):
+        if world != "retried":
             refuse("open", ids[0], errno.EACCES)
         if world == "set aside":
             left.remove(drained_one(queue))
@@ -6342,13 +5059,9 @@ def test_pop_while_another_thread_is_at_work(
             except OSError:
                 return True
 
-        def work(
-            pop: Any = pop, queue: FemtoQueue = queue, held: Any = held, others: Any = others
-        ) -> None:
-            there = names(Path(queue.data_dir), "pending")  # or this one has it in hand
-            if world == "not listed":
-                fail_once(patch, "scandir", "/pending/1", 2)
-            others.append(in_thread(lambda: queue.retry(held) if held else pop() or not there))
+        def work(pop: Any = pop, q: FemtoQueue = queue, held: Any = held, others: Any = others) -> None:
+            there = names(Path(q.data_dir), "pending")  # or this one has it in hand
+            others.append(in_thread(lambda: q.retry(held) if held else pop() or not there))
             concurrent.futures.wait(others, 0.3)
             if not others[0].done():  # it waits for this thread: now they run at the same time
                 others.append(others[0])
@@ -6363,32 +5076,9 @@ def test_pop_while_another_thread_is_at_work(
         assert len(others) > 1 or (popped[0] and (held or popped[1])), f"None at call {at}, {met}"
         refuse.rules.clear()
         found = [task.data for task in popped if isinstance(task, FemtoTask)] + drained(queue)
-        assert (found if held else sorted(found)) in (left, left[::-1]), (
-            f"at call {at}, {met}: {popped}"
-        )
+        found = found if held else sorted(found)
+        assert found in (left, left[::-1]), f"at call {at}, {met}: {popped}"
     assert at > 5
-
-
-def test_an_interrupted_pop_keeps_the_order(scratch: Path, clock: Time) -> None:
-    """A pop that was interrupted at any call, as by Ctrl-C, has no claim, and leaves all in order."""
-
-    def interrupt(performed: bool, name: str, *args: Any, **kwargs: Any) -> None:
-        if performed and name != "scandir":
-            REAL[name](*args, **kwargs)
-        raise KeyboardInterrupt
-
-    for at, performed, look in itertools.product(range(1, 40), (False, True), (0, 2)):
-        queue = FemtoQueue(scratch / f"{at}{performed}{look}", "node")
-        queue.push_many([b"a", b"b", b"c"])
-        assert drained_one(queue) == b"a"
-        clock.advance(look)  # with the listing in hand, and with another
-        steps = Steps(at, functools.partial(interrupt, performed))
-        with contextlib.suppress(KeyboardInterrupt):
-            with steps:
-                task = queue.pop()
-            queue.retry(task)
-        assert drained(queue) == [b"b", b"c"]
-    assert not steps.met
 
 
 @pytest.mark.parametrize(("first", "second"), [*itertools.permutations(["done", "fail", "retry"], 2)])
@@ -6416,75 +5106,11 @@ def test_another_verdict_after_one_that_raised(
             assert queue.status(task.id) == ("pending" if first == "retry" else kept.get(first))
 
 
-def test_a_batch_that_cannot_be_synced_or_closed_leaves_no_file_open(
-    directory: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """push_many on a full network filesystem raises the first error, and leaves nothing behind."""
-    queue = FemtoQueue(directory, "a", sync_after_write=True)
-    descriptors = len(os.listdir("/proc/self/fd"))
-    with monkeypatch.context() as patch, pytest.raises(OSError, match="No space"):
-        for name, code in (("fsync", errno.ENOSPC), ("close", errno.EIO)):
-            patch.setattr(os, name, functools.partial(fail_with, code, False, name))
-        queue.push_many([b"x"] * 150)
-    assert len(os.listdir("/proc/self/fd")) == descriptors
-    assert files(directory / "pending") == files(directory / "creating") == []
-
-
-def test_a_retried_task_makes_no_bucket_again(directory: Path, clock: Time) -> None:
-    """A bucket of retried tasks that was removed, being empty, is not made again under its name."""
-    worker, other = FemtoQueue(directory, "a"), FemtoQueue(directory, "b")
-    made: list[str] = []
-    put(directory / "pending" / "1600000000000123_x")
-    for _ in range(4):
-        task = worker.pop()
-        clock.advance(5)
-        for path in (directory / "pending").iterdir():
-            os.utime(path, (clock.wall - 5, clock.wall - 5))
-        assert other.pop() is None and os.listdir(directory / "pending") == []
-        worker.retry(task)
-        made += os.listdir(directory / "pending")
-    assert len(made) == len({*made}) == 4
-
-
-def test_purged_while_it_is_looked_at(directory: Path, vanish: Callable[[Path], None]) -> None:
-    """That another process purges a finished task meanwhile is no error of status, requeue or pop."""
-    queue = FemtoQueue(directory, "a")
-    looked, requeued, twice = ids = queue.push_many([b"1", b"2", b"3"])
-    queue.done(queue.pop())
-    queue.done(queue.pop())
-    queue.retry(queue.pop())
-    [pending] = (directory / "pending").rglob(f"{twice}~1")
-    os.link(pending, directory / "done" / twice)  # as healing a distributed filesystem leaves it
-    for id in ids:
-        vanish(directory / "done" / id)
-    assert queue.status(looked) in ("done", None)
-    assert queue.requeue(requeued) is False
-    assert queue.pop() is None, "it was finished"
-    assert [queue.status(id) for id in ids] == [None] * 3
-
-
-def test_a_second_name_of_a_finished_task_where_others_take_part(directory: Path, clock: Time) -> None:
-    """After done never again: not under the name at attempt 0 that healing left, either."""
-    queue = FemtoQueue(directory, "a")
-    put(directory / "in_progress" / DEAD_OWNER / f"{OLD_ID}~1~{NOW_US + HOUR_US}")  # elsewhere, alive
-    finished = queue.push(b"finished")
-    [pending] = (directory / "pending").glob("*/*")
-    os.link(pending, directory / "done" / finished)
-    assert queue.pop() is None and queue.status(finished) == "done"
-
-
 @needs_root
 @pytest.mark.parametrize("clock_file", ["with", "without"])
 def test_looking_takes_no_more_than_the_right_to_read(open_to_all: Path, clock_file: str) -> None:
     """status, counts and ids, and the commands status and list, work for who may only read."""
-    queue = FemtoQueue(open_to_all, "node-1")
-    ids = queue.push_many([b"done", b"failed", b"corrupt", b"claimed", b"pending"])
-    next((open_to_all / "pending").rglob(ids[2])).write_bytes(b"broken")
-    queue.done(queue.pop())
-    queue.fail(queue.pop())
-    claimed = queue.pop()
-    assert claimed and claimed.data == b"claimed"
-    ids.append(queue.schedule(b"scheduled", time.time_ns() // 1000 + 10**10))
+    _, _, ids = full_house(open_to_all)
     for path in open_to_all.glob("clock-*" if clock_file == "without" else "no such"):
         path.unlink()
     before = snapshot(open_to_all, times=True)
@@ -6492,7 +5118,7 @@ def test_looking_takes_no_more_than_the_right_to_read(open_to_all: Path, clock_f
     imports = "import argparse, ctypes, datetime, json, locale, logging, select, shutil"
     looker = """
 queue = FemtoQueue(sys.argv[1], "reader")
-print([queue.status(id) for id in sys.argv[2:]], sum(queue.counts().values()))
+assert [queue.status(id) for id in sys.argv[2:]] == list(STATES)
 assert {state: len(list(queue.ids(state))) for state in STATES} == queue.counts()
 for command in (["status"], ["status", "--json"], *(["list", state] for state in STATES)):
     assert femtoqueue.main([sys.argv[1], *command]) == 0, command
@@ -6502,11 +5128,9 @@ for call in (lambda: queue.push(b"x"), queue.pop):
     except PermissionError as error:
         print(error.filename.startswith(sys.argv[1]))
 """
-    first, *lines = run(imports + AS_NOBODY + looker, open_to_all, *ids).splitlines()
-    states = ["done", "failed", "corrupt", "in_progress", "pending", "scheduled"]
-    assert first == f"{states} 6"
-    assert lines[-8:] == [*(ids[states.index(state)] for state in STATES), "True", "True"]
-    assert all(state in "".join(lines) for state in STATES)
+    in_order = [ids[state] for state in STATES]
+    lines = run(imports + AS_NOBODY + looker, open_to_all, *in_order).splitlines()
+    assert lines[-8:] == [*in_order, "True", "True"] and lines[0].startswith("state ")
     assert snapshot(open_to_all, times=True) == before
 
 
@@ -6519,6 +5143,12 @@ def test_threads(directory: Path) -> None:
     found: list[tuple[str, bytes]] = []
     pushed: dict[str, bytes] = {}
 
+    def take() -> bool:
+        if task := queue.pop():
+            found.append((task.id, task.data))
+            queue.done(task)
+        return bool(task)
+
     def work(number: int) -> None:
         for count in range(150):
             data = b"%d" % (number * 1_000 + count)
@@ -6527,12 +5157,6 @@ def test_threads(directory: Path) -> None:
                 take()
         while take():
             pass
-
-    def take() -> FemtoTask | None:
-        if task := queue.pop():
-            found.append((task.id, task.data))
-            queue.done(task)
-        return task
 
     before = sys.getswitchinterval()
     sys.setswitchinterval(1e-5)
@@ -6574,18 +5198,28 @@ def test_done_in_a_thread_is_durable_by_itself(
     other.result(10)
 
 
-def test_done_waits_for_what_another_thread_syncs(
-    directory: Path, clock: Time, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("what", ["a task's way back", "its directory, made again"])
+def test_what_another_thread_syncs_is_waited_for(
+    directory: Path, clock: Time, monkeypatch: pytest.MonkeyPatch, what: str
 ) -> None:
-    """A durable done does not return before a task's way back, synced by another thread, is on disk."""
+    """A durable done, or a claim, does not stand before all it needs is on disk, whoever syncs that."""
     queue = FemtoQueue(directory, "a", sync_after_write=True)
-    owner = directory / "in_progress" / DEAD_OWNER
-    for number in range(2):  # one for each thread
-        put(owner / f"170000000000000{number}_x~1~1700000000000000")
-    with synced_slowly(queue, str(owner), monkeypatch) as events:
+    if what == "a task's way back":
+        end = f"/{DEAD_OWNER}"
+        for number in range(2):  # one for each thread
+            put(directory / f"in_progress{end}" / f"170000000000000{number}_x~1~1700000000000000")
+    else:
+        end = "/in_progress"
+        queue.push(b"0")
+        queue.done(queue.pop())
+        for _ in range(3):
+            clock.advance(10)
+            assert queue.pop() is None  # and its directory is removed
+        queue.push_many([b"1", b"2"])
+    with synced_slowly(queue, end, monkeypatch) as events:
         task = queue.pop()
-        assert task and task.attempt == 2
-        queue.done(task)
+        if task.attempt == 2:
+            queue.done(task)
     assert events == ["synced", "returned"]
 
 
@@ -6634,197 +5268,124 @@ def test_a_call_in_the_midst_of_another_one(
 
 
 # Forks by which an object is carried into a child: C programs that embed Python know no fork hooks.
-FORK = """
-import ctypes, platform, signal
-libc = ctypes.PyDLL(None)  # which keeps the GIL, as such a program does
-q, other = FemtoQueue(sys.argv[1], "node"), FemtoQueue(sys.argv[1], "other")
-def fork():
-    if sys.argv[2] == "os.fork":
-        return os.fork()
-    if sys.argv[2] == "clone":
-        number = {"x86_64": 56, "aarch64": 220}[platform.machine()]
-        return libc.syscall(number, signal.SIGCHLD, 0, 0, 0, 0)
-    if sys.argv[2] == "a fork in a fork":
-        if pid := os.fork():
-            return pid
-        q.cancel(q.push(b"here it is another process"))
-        if pid := libc.fork():
-            os._exit(ends(pid))
-        return 0
-    return libc.fork()
-def ends(pid):
-    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-def child(*works):
-    if not (pid := fork()):
-        signal.alarm(20)
-        try:
-            for work in works:
-                work()
-            os._exit(0)
-        except BaseException as error:
-            print(repr(error), flush=True)
-            os._exit(1)
-    return pid
-"""
-forks = pytest.mark.parametrize("fork", ["os.fork", "libc.fork", "clone", "a fork in a fork"])
+FORK_BY: dict[str, Callable[[], int]] = {
+    "os.fork": os.fork,
+    "libc.fork": lambda: ctypes.PyDLL(None).fork(),  # it keeps the GIL, as such a program does
+    "clone": lambda: ctypes.PyDLL(None).syscall(
+        {"x86_64": 56, "aarch64": 220}[platform.machine()], signal.SIGCHLD, 0, 0, 0, 0
+    ),
+}
+forks = pytest.mark.parametrize("fork", FORK_BY)
+
+
+def child_of(fork: str, work: Callable[[], object]) -> int:
+    """The PID of a forked child that does `work`; its status is 0 if nothing was raised."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fork", FORK_BY[fork])
+        return forked(lambda: (signal.alarm(20), work()))
 
 
 @forks
-def test_forked_children_make_ids_of_their_own(directory: Path, fork: str) -> None:
-    """Which process an object is in is asked at each call: children share no id, however forked."""
-    code = """
-due = time.time_ns() // 1000 + 10**9
-q.push(b"before")
-# Time stands still: all that tells the ids apart is who makes them.
-time.time = lambda now=time.time(): now
-real, first = time.clock_gettime, {}
-time.clock_gettime = lambda number: first.setdefault(number, real(number))
-def add():
-    for _ in range(10):
-        q.schedule(b"x", due), q.push_many([b"x"]), q.push(b"x")
-pids = [child(add) for _ in range(4)]
-print([ends(pid) for pid in pids], sum(q.counts().values()))
-"""
-    assert run(FORK + code, directory, fork) == "[0, 0, 0, 0] 121\n"
+def test_forked_children_make_ids_of_their_own(queue: FemtoQueue, clock: Time, fork: str) -> None:
+    """Which process an object is in is asked at each call: children share no id, however forked.
+
+    Time stands still: all that tells the ids apart is who makes them.
+    """
+
+    def add() -> None:
+        for _ in range(10):
+            queue.schedule(b"x", NOW_US + HOUR_US), queue.push_many([b"x"]), queue.push(b"x")
+
+    def fork_again() -> None:
+        queue.cancel(queue.push(b"here it is another process"))
+        assert os.waitpid(child_of(fork, add), 0)[1] == 0
+
+    pids = [child_of(fork, work) for work in (add, add, fork_again, fork_again)]
+    assert [os.waitpid(pid, 0)[1] for pid in pids] == [0] * 4
+    assert counted(queue) == {"pending": 2 + 4 * 20, "scheduled": 40}
 
 
 @forks
 @pytest.mark.parametrize("closer", ["parent", "child"])
-def test_close_and_the_claims_of_the_other(directory: Path, fork: str, closer: str) -> None:
+def test_close_and_the_claims_of_the_other(
+    directory: Path, queue: FemtoQueue, fork: str, closer: str
+) -> None:
     """close, and the end of a process, give back its own claims, not those of parent or child."""
-    code = """
-id = q.push(b"held")
-q.push(b"for whoever closes")
-held = []
-def hold():
-    held.append(q.pop())
-    assert held[0].id == id
-def close():
-    assert q.pop().data == b"for whoever closes"
-    assert len({name.split("~")[1] for name in os.listdir(f"{sys.argv[1]}/in_progress")}) == 2
-    q.close()
-    assert other.pop().data == b"for whoever closes" and other.pop() is None
-def finish():
-    q.done(held[0])
-if sys.argv[3] == "child":
-    hold()
-    assert ends(child(close)) == 0
-    finish()
-else:
-    reader, writer = os.pipe()
-    go, let_go = os.pipe()
-    pid = child(hold, lambda: os.write(writer, b"x"), lambda: os.read(go, 1), finish)
-    os.read(reader, 1)
-    try:
-        close()
-    finally:
-        os.write(let_go, b"x")
-    assert ends(pid) == 0
-print(other.status(id))
-"""
-    assert run(FORK + code, directory, fork, closer) == "done\n"
+    other = FemtoQueue(directory, "other")
+    id = next(queue.ids("pending"))
+    held: list[Any] = []
+    ready, go = os.pipe(), os.pipe()
+
+    def hold() -> None:
+        held.append(queue.pop())
+        assert held[0].id == id
+
+    def hold_and_finish() -> None:
+        hold()
+        os.write(ready[1], b"x")
+        os.read(go[0], 1)
+        queue.done(held[0])
+
+    def close() -> None:
+        assert queue.pop().data == b"b"
+        assert len({name.split("~")[1] for name in os.listdir(directory / "in_progress")}) == 2
+        queue.close()
+        assert other.pop().data == b"b" and other.pop() is None
+
+    if closer == "child":
+        hold()
+        assert os.waitpid(child_of(fork, close), 0)[1] == 0
+        queue.done(held[0])
+    else:
+        pid = child_of(fork, hold_and_finish)
+        os.read(ready[0], 1)
+        try:
+            close()
+        finally:
+            os.write(go[1], b"x")
+        assert os.waitpid(pid, 0)[1] == 0
+    assert other.status(id) == "done"
+    for descriptor in (*ready, *go):
+        os.close(descriptor)
 
 
-@pytest.mark.parametrize("fork", ["os.fork", "libc.fork", "clone"])
-def test_the_child_takes_what_its_dead_parent_had(directory: Path, spawn: Spawn, fork: str) -> None:
+@forks
+def test_the_child_takes_what_its_dead_parent_had(
+    directory: Path, queue: FemtoQueue, fork: str
+) -> None:
     """A parent that dies is dead to its child, too, though the child has a copy of the object."""
-    code = """
-q.push(b"x")
-mine = q.pop()
-reader, writer = os.pipe()
-def until_the_parent_is_dead():
-    os.close(writer)
-    os.read(reader, 1)
-def take():
-    task = q.pop(timeout=5)
-    print(task and task.attempt, flush=True)
-child(until_the_parent_is_dead, take)
-os.kill(os.getpid(), signal.SIGKILL)
-"""
-    process = spawn(FORK + code, directory, fork)
-    assert process.wait(15) == -signal.SIGKILL
-    expect(process, "2")
+
+    def take() -> None:
+        task = queue.pop(timeout=5)
+        assert (task.data, task.attempt) == (b"a", 2)
+        queue.done(task)
+
+    def die() -> None:
+        queue.pop()
+        parent = os.getpid()
+        child_of(fork, lambda: becomes(True, lambda: os.getppid() != parent) and take())
+        os.kill(parent, signal.SIGKILL)
+
+    os.waitpid(forked(die), 0)
+    assert becomes("done", lambda: queue.status(next(iter(queue.ids("done")), "")))
 
 
-def owners(directory: Path) -> set[int]:
-    """The PIDs of all who hold claims."""
-    claims = (directory / "in_progress").glob("*/*")
-    return {int(path.parent.name.split("~")[1]) for path in claims}
-
-
-def claim_for_the_parent(queue: FemtoQueue, mine: FemtoTask, pipe: Any) -> None:
-    """What the child of `test_multiprocessing` does."""
-    claim = queue.pop()
-    queue.done(mine)
-    pipe.send((os.getpid(), claim))
-    pipe.recv()
-
-
-@pytest.mark.parametrize("method", ["fork", "spawn"])
-def test_multiprocessing(directory: Path, queue: FemtoQueue, method: str) -> None:
-    """Queue and task may be passed to a child, which claims as itself, and may finish the task."""
-    mine = queue.pop()
-    context = multiprocessing.get_context(method)
-    here, there = context.Pipe()
-    child = context.Process(target=claim_for_the_parent, args=(queue, mine, there))
-    child.start()
-    there.close()  # so that its death ends the recv
-    try:
-        pid, claim = here.recv()
-        assert owners(directory) == {pid} == {child.pid}
-        assert queue.status(mine.id) == "done"
-        for call in (queue.fail, queue.retry):
-            with pytest.raises(NotInProgress):
-                call(mine)
-        assert queue.pop() is None, "the child is alive"
-    finally:
-        child.kill()
-        child.join()
-    assert claim.data == b"b" and drained(FemtoQueue(directory, "node-2")) == [b"b"]
-
-
-def test_a_forked_child_is_one_owner_for_all_its_threads(directory: Path) -> None:
+def test_a_forked_child_is_one_owner_for_all_its_threads(scratch: Path) -> None:
     """Threads of a forked child that use an object at the same time are one owner of its claims."""
-    code = """
-from concurrent.futures import ThreadPoolExecutor
-from threading import Barrier
-sys.setswitchinterval(1e-6)
-for round in range(20):
-    q = FemtoQueue(f"{sys.argv[1]}/{round}", "node")
-    q.push_many([b"x"] * 8)
-    pid = os.fork()
-    if not pid:
-        begin, top = Barrier(8), f"{q.data_dir}/in_progress"
-        with ThreadPoolExecutor(8) as pool:
-            list(pool.map(lambda _: (begin.wait(), q.pop()), range(8)))
-        os._exit([len(os.listdir(f"{top}/{owner}")) for owner in os.listdir(top)] != [8])
-    print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), end="")
-"""
-    assert run(code, directory) == "0" * 20
+    for number in range(20):
+        queue = FemtoQueue(scratch / str(number), "node")
+        queue.push_many([b"x"] * 8)
 
+        def pop_by_threads(queue: FemtoQueue = queue) -> None:
+            sys.setswitchinterval(1e-6)
+            begin = threading.Barrier(8)
+            for popped in [in_thread(lambda: (begin.wait(), queue.pop())) for _ in range(8)]:
+                assert popped.result(20)[1]
+            owners = Path(queue.data_dir, "in_progress").iterdir()
+            assert [len(os.listdir(owner)) for owner in owners] == [8]
 
-@pytest.mark.parametrize("how", ["subprocess", "posix_spawn", "system"])
-def test_processes_that_are_started_beside_a_claim(directory: Path, how: str) -> None:
-    """A command that a worker starts, by vfork or without Python's knowledge, changes nothing."""
-    code = """
-import ctypes, subprocess
-q, other = FemtoQueue(sys.argv[1], "node"), FemtoQueue(sys.argv[1], "other")
-q.push_many([b"1", b"2"])
-task = q.pop()
-command = ["/bin/sh", "-c", "exit 7"]
-def start():
-    if sys.argv[2] == "subprocess":
-        return subprocess.Popen(command).wait()
-    if sys.argv[2] == "system":
-        return os.waitstatus_to_exitcode(ctypes.PyDLL(None).system(b"exit 7"))
-    pid = os.posix_spawn(command[0], command, os.environ)
-    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-statuses = [start() for _ in range(3)]
-pids = {name.split("~")[1] for name in os.listdir(f"{sys.argv[1]}/in_progress")}
-print(statuses, pids == {str(os.getpid())}, other.pop().data, other.pop())
-q.done(task)
-"""
-    assert run(code, directory, how) == "[7, 7, 7] True b'2' None\n"
+        status, error = in_child(pop_by_threads)
+        assert status == 0, error
 
 
 # --- 9: no thread, no signal handler, no open file ----------------------------------------------------
@@ -6885,84 +5446,36 @@ def test_run_leaves_no_thread_and_no_reference_behind(directory: Path, unlogged:
     assert FemtoQueue(directory, "other").pop().id == held.id
 
 
-@pytest.mark.parametrize(
-    ("call", "what", "part", "code"),
-    [
-        *(("push", "list", "nothing", 0), ("push", "list", "pending/17", errno.EACCES)),
-        *(("push", "list", "pending/17", errno.EIO), ("pop", "open", "/in_progress/", errno.EIO)),
-        *(
-            ("pop", "list", "pending/1700000000000000", errno.EIO),
-            ("pop", "list", "pending/1", errno.EIO),
-        ),
-        *(("pop", "list", "/in_progress/", errno.EACCES), ("close", "move", "_x~1~", errno.EIO)),
-        ("close", "move", "_x~1~", errno.ENOSPC),
-    ],
-)
-def test_a_call_that_raised_keeps_nothing_alive(
-    directory: Path, refuse: Refusal, unlogged: None, call: str, what: str, part: str, code: int
-) -> None:
-    """The last reference dropped, the object is gone at once, though one of its calls raised."""
-    q = FemtoQueue(directory, "node", maxsize=1)
-    put(directory / "in_progress" / DEAD_OWNER / "1700000000000000_y~1~1700000000000000")
-    for name in (
-        "1700000000000000/1700000000000000_x",
-        "1700000000000001/1700000000000001_x",
-        OLD_ID[:17] + "z",
-    ):
-        put(directory / "pending" / name)
-    if call == "close":
-        assert q.pop() and q.pop()
-    refuse(what, part, code)
-    gone = weakref.ref(q)
-    gc.collect()
-    gc.disable()
-    try:
-        with contextlib.suppress(queues.Full, OSError):
-            if call == "close":
-                q.close()
-            while q.push(b"x") if call == "push" else q.pop():
-                pass
-            raise AssertionError("it did not raise")
-        del q
-        assert gone() is None
-    finally:
-        gc.enable()
-
-
-def test_run_restores_the_signal_handlers_before_it(directory: Path) -> None:
+def test_run_restores_the_signal_handlers_before_it(queue: FemtoQueue) -> None:
     """run has its handlers while it runs in the main thread, and leaves those that it found."""
-    q = FemtoQueue(directory, "node")
-    q.push_many([b"1", b"2", b"3"])
     numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
     found = [lambda *_: None, signal.SIG_IGN, signal.default_int_handler, signal.SIG_DFL]
     before = [signal.signal(number, handler) for number, handler in zip(numbers, found, strict=True)]
     stayed: list[list[bool]] = []
 
     def handle(task: FemtoTask) -> None:
-        stayed.append(
-            [signal.getsignal(n) == handler for n, handler in zip(numbers, found, strict=True)]
-        )
-        if task.data == b"2":
+        now = map(signal.getsignal, numbers)
+        stayed.append([handler == was for handler, was in zip(now, found, strict=True)])
+        if task.data == b"b":
             raise KeyboardInterrupt
-        if task.data == b"3":
-            q.stop()
 
     try:
         with pytest.raises(KeyboardInterrupt):
-            q.run(handle, until_empty=True)
+            queue.run(handle)
         assert [*map(signal.getsignal, numbers)] == found
         assert stayed == [[False, True, False, False]] * 2, "what was ignored stays ignored"
-        q.done(q.pop())
-        assert in_thread(q.run, handle).result(30) == 1
+        queue.purge("pending", 0)
+        queue.push(b"c")
+        assert in_thread(lambda: queue.run(handle, until_empty=True)).result(30) == 1
         assert stayed[2:] == [[True] * 4]
     finally:
         for number, handler in zip(numbers, before, strict=True):
             signal.signal(number, handler)
 
 
-@pytest.mark.parametrize("handler", ["SIG_DFL", "lambda *_: os._exit(7)"])
+@pytest.mark.parametrize(("handler", "status"), [("SIG_DFL", -15), ("lambda *_: os._exit(7)", 7)])
 def test_a_process_that_the_handler_forks_ends_by_a_signal(
-    directory: Path, spawn: Spawn, handler: str
+    directory: Path, handler: str, status: int
 ) -> None:
     """run's signal handlers are not for children: there a signal does what it did before run."""
     FemtoQueue(directory, "node").push(b"x")
@@ -6983,70 +5496,52 @@ def handle(task):
         if not daemon:  # the other one is ended when this process ends
             child.terminate()
             child.join(10)
-            print(child.exitcode, flush=True)
+            print(child.exitcode)
             child.kill()
 signal.signal(signal.SIGTERM, {handler})
-print(FemtoQueue(sys.argv[1], "node").run(handle, until_empty=True), flush=True)
+print(FemtoQueue(sys.argv[1], "node").run(handle, until_empty=True))
 """
-    process = spawn(code, directory)
-    expect(process, "-15" if handler == "SIG_DFL" else "7")
-    expect(process, "1")
-    assert ending(process) == ("", 0)
+    assert run(code, directory) == f"{status}\n1\n"
 
 
 # --- 9: while a call waits ----------------------------------------------------------------------------
 
 
 class Waits:
-    """Stands in for `select.poll`: it puts off the look once a second, so that only events wake.
-
-    `begun` is set once a call waits. `first`, if it is set, is called before that.
-    """
+    """Stands in for `select.poll`: it puts off the look once a second, so that only events wake."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.begun = threading.Event()
-        self.first: Callable[[], object] = lambda: None
-        self.asked_ms: list[float] = []
-        self.real = select.poll
-        monkeypatch.setattr(select, "poll", lambda: Poll(self))
+        self.first: Callable[[], object] = lambda: None  # called before it waits
+        real = select.poll
 
+        def make() -> object:
+            poll = real()
+            wait = functools.partial(self._wait, poll.poll)
+            return types.SimpleNamespace(register=poll.register, poll=wait)
 
-class Poll:
-    def __init__(self, waits: Waits) -> None:
-        self.waits = waits
-        self.real = waits.real()
-        self.register = self.real.register
+        monkeypatch.setattr(select, "poll", make)
 
-    def poll(self, ms: float) -> list[tuple[int, int]]:
-        self.waits.first()
-        self.waits.asked_ms.append(ms)
-        self.waits.begun.set()
-        events = self.real.poll(20_000 if ms > 500 else ms)
+    def _wait(self, poll: Callable[[float], list[Any]], ms: float) -> list[Any]:
+        self.first()
+        self.begun.set()
+        events = poll(20_000 if ms > 500 else ms)
         assert events or ms <= 500, "nothing woke it"
         return events
 
 
-@pytest.fixture
-def waits(monkeypatch: pytest.MonkeyPatch) -> Waits:
-    return Waits(monkeypatch)
-
-
 def play_inotify(monkeypatch: pytest.MonkeyPatch, sleep: Callable[[float], object]) -> None:
     """Wait with inotify, though the clock stands still unless `sleep` moves it."""
-
-    class Asleep(Poll):
-        def poll(self, ms: float) -> list[tuple[int, int]]:
-            sleep(max(ms / 1e3, 1e-4))  # time does not stand still there
-            return []
-
+    poll = types.SimpleNamespace(
+        register=lambda *_: None, poll=lambda ms: sleep(max(ms / 1e3, 1e-4)) or []
+    )
     monkeypatch.setitem(sys.modules, "ctypes", ctypes)
-    waits = Waits(monkeypatch)
-    monkeypatch.setattr(select, "poll", lambda: Asleep(waits))
+    monkeypatch.setattr(select, "poll", lambda: poll)
 
 
 def without(means: str, monkeypatch: pytest.MonkeyPatch, waits: Waits) -> None:
     """Take something away that waiting by events needs. Then it is sleeping."""
-    real = ctypes.CDLL(None)
+    init, sleep = ctypes.CDLL(None).inotify_init1, time.sleep
 
     def none(*arguments: object) -> int:
         ctypes.set_errno(errno.EMFILE)
@@ -7055,10 +5550,6 @@ def without(means: str, monkeypatch: pytest.MonkeyPatch, waits: Waits) -> None:
     def no_bell(*arguments: object) -> int:
         raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
 
-    def sleep(seconds: float, real: Callable[[float], None] = time.sleep) -> None:
-        waits.begun.set()
-        real(seconds)
-
     if means == "no ctypes":
         monkeypatch.setitem(sys.modules, "ctypes", None)
     if means == "no eventfd":
@@ -7066,12 +5557,12 @@ def without(means: str, monkeypatch: pytest.MonkeyPatch, waits: Waits) -> None:
     library = {
         "no inotify": {},
         "no instance": {"inotify_init1": none, "inotify_add_watch": none},
-        "no watch": {"inotify_init1": real.inotify_init1, "inotify_add_watch": none},
+        "no watch": {"inotify_init1": init, "inotify_add_watch": none},
     }
     if means in library:
         monkeypatch.setattr(ctypes, "CDLL", lambda name: types.SimpleNamespace(**library[means]))
     if means != "inotify":
-        monkeypatch.setattr(time, "sleep", sleep)
+        monkeypatch.setattr(time, "sleep", lambda seconds: (waits.begun.set(), sleep(seconds)))
 
 
 @pytest.mark.parametrize(
@@ -7082,9 +5573,10 @@ def without(means: str, monkeypatch: pytest.MonkeyPatch, waits: Waits) -> None:
 )
 @pytest.mark.usefixtures("no_hang")
 def test_what_ends_a_wait(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, waits: Waits, means: str, end: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, means: str, end: str
 ) -> None:
     """A signal, stop, close or a task ends what waits, with inotify and wherever that cannot be had."""
+    waits = Waits(monkeypatch)
     without(means, monkeypatch, waits)
     before = signal.getsignal(signal.SIGUSR1), len(os.listdir("/proc/self/fd"))
     calls: dict[str, tuple[Callable[[FemtoQueue], object], object]] = {
@@ -7147,9 +5639,10 @@ COMES: dict[str, Callable[[FemtoQueue, FemtoTask], object]] = {
 
 @pytest.mark.parametrize("what", COMES)
 def test_no_change_is_lost_between_looking_and_waiting(
-    scratch: Path, monkeypatch: pytest.MonkeyPatch, waits: Waits, what: str
+    scratch: Path, monkeypatch: pytest.MonkeyPatch, what: str
 ) -> None:
     """Watch, look, wait: what comes at any step of a call that waits is found, or it wakes."""
+    waits = Waits(monkeypatch)
     for at in itertools.count(1):
         queue, other = (FemtoQueue(scratch / str(at), node_id) for node_id in ("node", "other"))
         other.push(b"x")
@@ -7165,39 +5658,6 @@ def test_no_change_is_lost_between_looking_and_waiting(
         if met == ["poll"]:
             break
     assert at > 10
-
-
-def test_every_push_of_another_process_wakes(directory: Path, spawn: Spawn, waits: Waits) -> None:
-    """What other processes push, at any moment, by any way, wakes: not the look once a second."""
-    code = """
-import random
-from pathlib import Path
-q = FemtoQueue(sys.argv[1], "producer")
-for line in sys.stdin:
-    time.sleep(random.random() * 0.003)
-    way = random.choice(["push", "durable", "new object", "schedule", "by hand"])
-    if way == "push":
-        q.push(b"x")
-    elif way == "durable":
-        FemtoQueue(sys.argv[1], "durable", sync_after_write=True).push_many([b"x"])
-    elif way == "new object":
-        FemtoQueue(sys.argv[1], "new").push(b"x")
-    elif way == "schedule":
-        q.schedule(b"x", time.time_ns() // 1000)
-    else:
-        now_us = time.time_ns() // 1000
-        bucket = Path(sys.argv[1], "pending", f"{now_us}.{random.randrange(16**8):08x}")
-        bucket.mkdir()
-        Path(sys.argv[1], "file").write_bytes(b"x")
-        Path(sys.argv[1], "file").rename(bucket / f"{now_us}_x")
-"""
-    process = spawn(code, directory)
-    queue = FemtoQueue(directory, "node")
-    for _ in range(150):
-        say(process)
-        task = queue.pop(timeout=60)
-        assert task and task.data == b"x"
-        queue.done(task)
 
 
 @pytest.mark.parametrize("when", ["before", "meanwhile"])
@@ -7244,6 +5704,65 @@ def test_waiting_makes_few_calls(
         assert len(calls) - len(listed) <= (60 * 20 if means == "inotify" else 60 * 1_000)
 
 
+def test_every_push_of_another_process_wakes(
+    directory: Path, spawn: Spawn, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What other processes push, at any moment, by any way, wakes: not the look once a second."""
+    Waits(monkeypatch)
+    code = """
+import random
+from pathlib import Path
+q = FemtoQueue(sys.argv[1], "producer")
+for line in sys.stdin:
+    time.sleep(random.random() * 0.003)
+    way = random.choice(["push", "durable", "new object", "schedule", "by hand"])
+    if way == "push":
+        q.push(b"x")
+    elif way == "durable":
+        FemtoQueue(sys.argv[1], "durable", sync_after_write=True).push_many([b"x"])
+    elif way == "new object":
+        FemtoQueue(sys.argv[1], "new").push(b"x")
+    elif way == "schedule":
+        q.schedule(b"x", time.time_ns() // 1000)
+    else:
+        now_us = time.time_ns() // 1000
+        bucket = Path(sys.argv[1], "pending", f"{now_us}.{random.randrange(16**8):08x}")
+        bucket.mkdir()
+        Path(sys.argv[1], "file").write_bytes(b"x")
+        Path(sys.argv[1], "file").rename(bucket / f"{now_us}_x")
+"""
+    process = spawn(code, directory)
+    queue = FemtoQueue(directory, "node")
+    for _ in range(150):
+        say(process)
+        task = queue.pop(timeout=60)
+        assert task and task.data == b"x"
+        queue.done(task)
+
+
+def test_waiting_without_inotify_forgets_what_is_gone(
+    directory: Path, clock: Time, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where change times must do, who waits looks at the directories that are there, however many were."""
+    queue, counts, buckets = FemtoQueue(directory, "a"), [0], itertools.count(10**15)
+
+    def sleep(seconds: float) -> None:
+        clock.advance(seconds)
+        counts.append(0)
+        for bucket in (directory / "pending").glob("1*"):
+            shutil.rmtree(bucket)
+        put(directory / "pending" / f"{next(buckets)}.01234567" / "kept")  # or pop removes it
+
+    def stat_(path: Any, **options: Any) -> os.stat_result:
+        counts[-1] += 1
+        return REAL["stat"](path, **options)
+
+    monkeypatch.setattr(time, "sleep", sleep)
+    monkeypatch.setattr(os, "stat", stat_)
+    assert queue.pop(timeout=3) is None
+    assert len(counts) > 100 and max(counts[-50:]) <= max(counts[:50])
+
+
 # --- 10: what does not grow ---------------------------------------------------------------------------
 
 
@@ -7266,39 +5785,6 @@ def fill(directory: Path, state: str, count: int, size: int = 1_000) -> None:
             (top / name).write_bytes(b"x")
 
 
-def test_what_a_task_costs_does_not_grow(scratch: Path, clock: Time) -> None:
-    """A task's system calls, and the entries listed for it, do not grow with what the queue holds."""
-
-    def cost(directory: Path) -> tuple[int, int]:
-        """The filesystem calls, and the directory entries read, of 300 tasks that come and go."""
-        listed = 0
-
-        def count(name: str, *args: Any, **kwargs: Any) -> Any:
-            nonlocal listed
-            if name == "scandir":
-                assert os.path.basename(args[0]) not in ("done", "failed", "corrupt")
-                listed += len(os.listdir(args[0]))
-            return REAL[name](*args, **kwargs)
-
-        queue = FemtoQueue(directory, "node")
-        with Steps(1, count, once=False) as steps:
-            for number in range(300):
-                queue.push(b"%d" % number)
-                clock.advance(0.01)
-                task = queue.pop()
-                assert task
-                queue.done(task)
-        return steps.count, listed
-
-    calls, listed = cost(scratch / "small")
-    for state in ("pending", "scheduled", "done", "failed"):
-        fill(scratch / "large", state, 3_000, 1 if state == "scheduled" else 1_000)
-    more_calls, more_listed = cost(scratch / "large")
-    figure("costs", calls=calls, among_thousands=more_calls, entries=listed, of_thousands=more_listed)
-    assert more_calls < 1.1 * calls
-    assert more_listed < listed + 5 * 3_000  # each look lists the buckets, and one of them is opened
-
-
 @durable_or_not
 def test_system_calls_of_a_task_are_those_of_the_floor(
     directory: Path, clock: Time, durable: bool
@@ -7319,36 +5805,51 @@ def test_system_calls_of_a_task_are_those_of_the_floor(
 
 
 def test_a_backlog_costs_nothing(scratch: Path, clock: Time) -> None:
-    """However many wait, the first pop reads one bucket in little memory, and a later one none."""
-    firsts = []
+    """However many wait, the first pop reads one bucket in little memory, and a later one none.
+
+    Nor does what is scheduled for later, or done.
+    """
+    firsts, listed = [], []
     for count in (2_000, 20_000):
         fill(scratch / str(count), "pending", count)
+        for state in ("scheduled", "done", "failed"):
+            fill(scratch / str(count), state, count // 10, 1 if state == "scheduled" else count)
         q = FemtoQueue(scratch / str(count), "node")
         q.push(b"")  # the clock is read
         clock.advance(1)
         tracemalloc.start()
         try:
-            firsts.append(calls_of(q.pop))
+            firsts.append(calls_of(q.pop, listed))
             assert tracemalloc.get_traced_memory()[1] < 2_000_000
         finally:
             tracemalloc.stop()
         later = calls_of(lambda q=q: [q.pop() for _ in range(500)])
         assert later.count("scandir") == 0 and len(later) == 4 * 500
-    assert firsts[0] == firsts[1]
+        clock.advance(1.1)
+        calls_of(q.pop, listed)
+    assert firsts[0] == firsts[1] and len(listed) < 40
+    assert not {os.path.basename(path) for path in listed} & {"done", "failed", "corrupt"}
 
 
 def test_a_drained_queue_costs_what_a_new_one_does(directory: Path, clock: Time) -> None:
-    """Once the emptied buckets are gone, a look at the empty queue makes the calls of the first one."""
+    """Once the emptied buckets are gone, a look at the empty queue makes the calls of the first one.
+
+    A hundred idle workers leave no directory behind for the others to list.
+    """
     q = FemtoQueue(directory, "node", keep_done=False)
+    idle = [q, *(FemtoQueue(directory, f"node-{n}") for n in range(100))]
 
     def empty() -> list[str]:
-        while task := q.pop():
-            q.done(task)
-        clock.advance(3)
-        assert q.pop() is None
+        for queue in [*idle[1:], q]:
+            drained_one(queue)
+        drained(q)
+        for _ in range(2):
+            clock.advance(3)
+            assert [queue.pop() for queue in idle] == [None] * 101
+        assert os.listdir(directory / "in_progress") == []
         return calls_of(q.pop)
 
-    q.push(b"")
+    q.push_many([b""] * 101)
     new = empty()
     q.push_many([b""] * 5_000)
     assert empty() == new and len(new) <= 16
@@ -7365,20 +5866,6 @@ def test_due_tasks_are_moved_a_thousand_at_a_time(directory: Path, clock: Time) 
     assert calls.count("rename") <= 1_000 + 1_000 + 1  # moved, or sorted into a closer bucket; claimed
     found.extend(iter(lambda: (task := q.pop()) and task.id, None))
     assert found == sorted(ids)
-
-
-def test_many_idle_owners_cost_nothing(directory: Path, clock: Time) -> None:
-    """A hundred idle workers leave no directory behind for the others to list."""
-    idle = [FemtoQueue(directory, f"node-{n}") for n in range(100)]
-    for q in idle:
-        q.push(b"")
-        q.done(q.pop())
-    for _ in range(2):
-        clock.advance(3)
-        for q in idle:
-            assert q.pop() is None
-    assert os.listdir(directory / "in_progress") == []
-    assert len(calls_of(idle[0].pop)) <= 16
 
 
 def test_many_busy_owners_cost_nothing(directory: Path, clock: Time) -> None:
@@ -7480,26 +5967,26 @@ def test_many_that_come_back_leave_the_shared_bucket_small(directory: Path, cloc
 
 
 def test_a_gigabyte_goes_through_in_32_megabytes(places: list[Path]) -> None:
-    """push_file, pop and task.path stream: 1 GiB in 32 MB of memory."""
-    peak_kb = run(
-        """
-place = sys.argv[1]
-with open(f"{place}/file", "wb") as file:
+    """push_file, pop and task.path, and the command push, stream: 1 GiB in 32 MB of memory."""
+    code = """
+os.chdir(sys.argv[1])
+with open("file", "wb") as file:
     file.write(b"begin")
     file.truncate(1 << 30)
-q = FemtoQueue(f"{place}/big", "node")
-q.push_file(f"{place}/file")
+q = FemtoQueue("big", "node", keep_done=False)
+q.push_file("file")
 task = q.pop()
 with open(task.path, "rb") as file:
-    size = sum(map(len, iter(lambda: file.read(1 << 20), b"")))
-assert size == 1 << 30
+    assert sum(map(len, iter(lambda: file.read(1 << 20), b""))) == 1 << 30
 q.done(task)
+os.truncate("file", 100 << 20)
+os.dup2(os.open("file", os.O_RDONLY), 0)
+femtoqueue.main(["big", "push"])
+assert os.path.getsize(q.pop().path) == 100 << 20
 # Not ru_maxrss: that begins with what the parent had when it forked.
 print(next(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM")))
-""",
-        places[-1],
-    )
-    assert int(peak_kb) < 32_000
+"""
+    assert int(run(code, places[-1]).split()[-1]) < 32_000
 
 
 def test_the_module_imports_little() -> None:
@@ -7572,27 +6059,6 @@ def test_cli_push_and_list(directory: Path, tmp_path: Path, shell: Shell) -> Non
     assert shell("list", "pending", status=1) == [""]
 
 
-def test_cli_push_streams_standard_input(directory: Path) -> None:
-    """push holds no more of its input in memory than a megabyte or two, and takes it from a pipe."""
-    code = """
-import threading
-megabyte = bytes(range(256)) * 4096
-read, write = os.pipe()
-def feed():
-    with os.fdopen(write, "wb") as file:
-        for _ in range(100):
-            file.write(megabyte)
-threading.Thread(target=feed).start()
-os.dup2(read, 0)
-os.close(read)
-femtoqueue.main([sys.argv[1], "push"])
-print(next(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM")))
-"""
-    assert int(run(code, directory).split()[1]) < 40_000
-    task = FemtoQueue(directory, "node").pop()
-    assert os.path.getsize(task.path) == 100 << 20
-
-
 # A command, and what its complaint says.
 WRONG_USAGE = {
     "": "required: COMMAND",
@@ -7613,10 +6079,9 @@ WRONG_USAGE = {
     "schedule": "required: when",
     "schedule ": "no time",
 }
-for (
-    when
-) in """tomorrow + +m +10 +10x +-1m +nans +infd +1e300d +1e15d +inf +999999d 1 1790000000 2030-13-01
-    2030-01-01T25:00 Z 0001-01-01 9999-12-31T23:59:59+00:00 9999-12-31T23:59:59""".split():
+NO_TIMES = """tomorrow + +m +10 +10x +-1m +nans +infd +1e300d +1e15d +inf +999999d 1 1790000000 2030-13-01
+    2030-01-01T25:00 Z 0001-01-01 9999-12-31T23:59:59+00:00 9999-12-31T23:59:59"""
+for when in NO_TIMES.split():
     WRONG_USAGE[f"schedule {when}"] = f"{when[1:]!r} is no length of time" * when.startswith("+")
 
 
@@ -7686,22 +6151,12 @@ def test_cli_status(directory: Path, shell: Shell) -> None:
     mine, gone, *_ = q.push_many([b"1", b"2", b"3", b"4"])
     q.pop()
     run("q = FemtoQueue(sys.argv[1], 'gone'); q.pop()", directory)
-    q.schedule(b"later", time.time_ns() // 1_000 + 10**9)
-    (line,) = shell("status", "--json")
-    report = json.loads(line)
-    states = {row["state"]: row for row in report["states"]}
-    assert list(states) == list(STATES)
-    counts = {state: row["count"] for state, row in states.items()}
-    assert counts == {
-        "scheduled": 1,
-        "pending": 2,
-        "in_progress": 2,
-        "done": 0,
-        "failed": 0,
-        "corrupt": 0,
-    }
-    assert 0 <= states["pending"]["oldest_s"] <= states["in_progress"]["oldest_s"] < 60
-    assert states["scheduled"]["oldest_s"] < 0 and states["done"]["oldest_s"] is None
+    q.schedule(b"later", LATER_US)
+    report = json.loads(*shell("status", "--json"))
+    assert {row["state"]: row["count"] for row in report["states"]} == q.counts()
+    oldest = {row["state"]: row["oldest_s"] for row in report["states"]}
+    assert 0 <= oldest["pending"] <= oldest["in_progress"] < 60
+    assert oldest["scheduled"] < 0 and oldest["done"] is None
     claims = {claim["id"]: claim for claim in report["claims"]}
     assert {id: (c["attempt"], c["node_id"], c["alive"]) for id, c in claims.items()} == {
         gone: (1, "gone", "no"),
@@ -7711,16 +6166,14 @@ def test_cli_status(directory: Path, shell: Shell) -> None:
         assert 0 <= claim["since_s"] < 30 and 29 < claim["since_s"] + claim["lease_left_s"] < 31
     lines = shell("status")
     rows = [line.split() for line in lines]
-    assert rows[0] == ["state", "count", "oldest"] and rows[3][:2] == ["in_progress", "2"]
-    assert (
-        rows[2][:2] == ["pending", "2"] and rows[2][2].endswith("s") and rows[4] == ["done", "0", "-"]
-    )
+    assert rows[0] == ["state", "count", "oldest"] and rows[4] == ["done", "0", "-"]
+    assert [row[:2] for row in rows[2:4]] == [["pending", "2"], ["in_progress", "2"]]
     assert rows[7:9] == [[], ["id", "attempt", "node_id", "pid", "alive", "since", "lease_left"]]
-    (row,) = [row for row in rows if row[:1] == [mine]]
-    assert row[1:5] == ["1", "node-7", str(os.getpid()), "yes"]
+    assert [mine, "1", "node-7", str(os.getpid()), "yes"] in [row[:5] for row in rows]
     for block in (lines[:7], lines[8:]):
-        starts = {line.index(line.split()[1], len(line.split()[0])) for line in block}
-        assert len(starts) == 1, "columns are aligned"
+        assert len({line.index(line.split()[1], len(line.split()[0])) for line in block}) == 1, (
+            "aligned"
+        )
 
 
 def test_cli_watch_ends_at_ctrl_c(shell: Shell) -> None:
@@ -7742,30 +6195,27 @@ def test_cli_list_into_head_is_quiet(directory: Path, shell: Shell) -> None:
     assert (done.returncode, done.stdout) == (0, "0000000000000000_" + "x" * 100 + "\n")
 
 
-@pytest.mark.parametrize(
-    "when, due",
-    [
-        ("+90s", 90),
-        ("+10m", 600),
-        ("+1.5h", 5_400),
-        ("+2d", 172_800),
-        ("2030-01-01T12:00:00Z", 1_893_499_200.0),
-        ("2030-01-01T12:00:00+02:00", 1_893_492_000.0),
-        ("2030-01-01 12:00", 1_893_517_200.0),
-        ("2030-07-01", 1_909_108_800.0),
-        ("2030-01-01Z", 1_893_456_000.0),
-    ],
-)
-def test_cli_schedule(directory: Path, shell: Shell, when: str, due: float) -> None:
+DUE_S = {
+    "+90s": 90,
+    "+10m": 600,
+    "+1.5h": 5_400,
+    "+2d": 172_800,
+    "2030-01-01T12:00:00Z": 1_893_499_200.0,
+    "2030-01-01T12:00:00+02:00": 1_893_492_000.0,
+    "2030-01-01 12:00": 1_893_517_200.0,
+    "2030-07-01": 1_909_108_800.0,
+    "2030-01-01Z": 1_893_456_000.0,
+}
+
+
+@pytest.mark.parametrize("when", DUE_S)
+def test_cli_schedule(directory: Path, shell: Shell, when: str) -> None:
     """WHEN is a wait, or an ISO time: of its own zone, UTC for Z, or local, summer time included."""
-    before = time.time()
+    before_s = time.time() if when.startswith("+") else 0
     (id,) = shell("schedule", when, stdin=b"x", TZ="EST5EDT,M3.2.0,M11.1.0")
     assert shell("list", "scheduled") == [id]
     due_s = int(names(directory, "scheduled")[0][-16:]) / 1e6
-    if isinstance(due, float):
-        assert due_s == due
-    else:
-        assert before + due - 0.001 <= due_s <= time.time() + due
+    assert -0.001 <= due_s - before_s - DUE_S[when] <= (30 if before_s else 0)
 
 
 def test_cli_cancel_requeue_purge(directory: Path, shell: Shell) -> None:
@@ -7781,12 +6231,9 @@ def test_cli_cancel_requeue_purge(directory: Path, shell: Shell) -> None:
     assert complaint == "".join(f"femtoqueue: there is no task {id}\n" for id in (ids[0], "../x"))
     q.fail(q.pop())
     q.pop()
-    for command, wanted in (
-        ("cancel", "pending or scheduled"),
-        ("requeue", "failed, corrupt, done or scheduled"),
-    ):
+    for command in ("cancel", "requeue"):
         complaint = shell(command, ids[3], "nope", status=1)[-1]
-        assert complaint.startswith(f"femtoqueue: {ids[3]} is in_progress, not {wanted}\n")
+        assert complaint.startswith(f"femtoqueue: {ids[3]} is in_progress, not ")
     assert shell("requeue", ids[2], later) == []
     assert list(q.ids("pending")) == [ids[2], later]
     assert shell("purge", "pending", "1h", status=1)[0] == "0"
@@ -7832,13 +6279,6 @@ def test_cli_run_takes_options_of_the_command(shell: Shell, arguments: str, prin
     assert shell("list", "done") == [id]
 
 
-EXIT_VERDICTS = {
-    b"true": "done",
-    b"exit 100": "failed",
-    **dict.fromkeys((b"exit 7", b"exit 99", b"exit 101", b"kill -9 $$"), "scheduled"),
-}
-
-
 @pytest.mark.parametrize("under", ["", "env --ignore-signal=CHLD"], ids=["", "SIGCHLD ignored"])
 def test_cli_run_takes_the_exit_status_as_the_verdict(
     directory: Path, shell: Shell, under: str
@@ -7848,12 +6288,14 @@ def test_cli_run_takes_the_exit_status_as_the_verdict(
     What is retried is logged. --max-attempts N: the Nth failure is the last. The exit status is kept
     as text beside the failed task, and shown by list.
     """
+    verdicts = {b"true": "done", b"exit 100": "failed"}
+    verdicts |= dict.fromkeys((b"exit 7", b"exit 99", b"exit 101", b"kill -9 $$"), "scheduled")
     q = FemtoQueue(directory, "node")
-    ids = dict(zip(EXIT_VERDICTS, q.push_many(EXIT_VERDICTS), strict=True))
+    ids = dict(zip(verdicts, q.push_many(verdicts), strict=True))
     out, status = ending(shell.start("run", "--until-empty", "--", "sh", under=under))
-    assert {script: q.status(id) for script, id in ids.items()} == EXIT_VERDICTS and status == 0
+    assert {script: q.status(id) for script, id in ids.items()} == verdicts and status == 0
     said = {id: line for line in out.splitlines() for id in ids.values() if id in line}
-    assert [*said] == [id for script, id in ids.items() if EXIT_VERDICTS[script] != "done"]
+    assert [*said] == [id for script, id in ids.items() if verdicts[script] != "done"]
     assert all(line.startswith("femtoqueue: ") for line in out.splitlines())
     assert "exit status 7" in said[ids[b"exit 7"]] and "exit status -9" in said[ids[b"kill -9 $$"]]
     id, again = ids[b"exit 100"], ids[b"exit 7"]
@@ -7895,20 +6337,30 @@ SIGNALS = pytest.mark.parametrize(
 
 
 @SIGNALS
-@pytest.mark.parametrize("options", [[], ["--until-empty"]], ids=["stays", "until empty, blocked"])
+@pytest.mark.parametrize("before", ["default", "block", "ignore"])
 def test_cli_run_ends_by_the_signal_after_the_command(
-    tmp_path: Path, shell: Shell, number: signal.Signals, options: list[str]
+    directory: Path, tmp_path: Path, shell: Shell, number: signal.Signals, before: str
 ) -> None:
-    """A signal, though the parent blocked it, lets the command finish; the exit status is its own."""
+    """A signal, though the parent blocked it, lets the command finish; the exit status is its own.
+
+    What was ignored before (nohup, or a background job of a script) stays ignored.
+    """
     ids = [shell("push", stdin=data)[0] for data in (b"x", b"y")]
-    os.mkfifo(tmp_path / "go")
-    under = f"env --block-signal={number.name[3:]}" if options else ""
-    process = shell.start("run", *options, "--", *BEGUN, tmp_path / "go", under=under)
+    go = tmp_path / "go"
+    os.mkfifo(go)
+    until_empty = ["--until-empty"] * (before != "default")
+    under = f"env --{before}-signal={number.name[3:]}"
+    process = shell.start("run", *until_empty, "--", *BEGUN, go, under=under)
     expect(process, "begun")
     os.killpg(process.pid, number)
-    (tmp_path / "go").write_text("finished ")
-    assert ending(process) == ("finished x", -number)
-    assert (shell("list", "done"), shell("list", "pending")) == (ids[:1], ids[1:])
+    go.write_text("finished ")
+    if before == "ignore":
+        expect(process, "finished xbegun")
+        os.killpg(process.pid, number)
+        go.write_text("finished ")
+    handled, end = (2, ("finished y", 0)) if before == "ignore" else (1, ("finished x", -number))
+    assert ending(process) == end
+    assert [*FemtoQueue(directory, "node").ids("done")] == ids[:handled]
 
 
 @SIGNALS
@@ -7924,42 +6376,6 @@ def test_cli_a_second_signal_ends_the_command(shell: Shell, number: int) -> None
             process.wait(0.1)
     assert ending(process) == ("", -number)
     assert shell("list", "pending") == [id]
-
-
-def test_cli_a_command_that_may_not_be_killed(directory: Path, spawn: Spawn) -> None:
-    """A second SIGTERM ends by the signal, and gives the task back, though the command runs as root."""
-    FemtoQueue(directory, "node").push(b"x")
-    code = """
-import signal, subprocess
-def wait_for_signals(child, *timeout, real=subprocess.Popen.wait):
-    subprocess.Popen.wait = real
-    signal.raise_signal(signal.SIGTERM)
-    signal.raise_signal(signal.SIGTERM)
-def not_permitted(pid, number):
-    raise PermissionError(1, "Operation not permitted")
-subprocess.Popen.wait, os.killpg = wait_for_signals, not_permitted
-sys.exit(femtoqueue.main([sys.argv[1], "run", "--", "true"]))
-"""
-    assert ending(spawn(code, directory)) == ("", -signal.SIGTERM)
-    task = FemtoQueue(directory, "node").pop()
-    assert task and task.attempt == 2
-
-
-@SIGNALS
-def test_cli_run_heeds_no_signal_that_was_ignored(
-    tmp_path: Path, shell: Shell, number: signal.Signals
-) -> None:
-    """What was ignored before (nohup, or a background job of a script) stays ignored."""
-    ids = [shell("push", stdin=b"x")[0] for _ in range(2)]
-    os.mkfifo(tmp_path / "go")
-    under = f"env --ignore-signal={number.name[3:]}"
-    process = shell.start("run", "--until-empty", "--", *BEGUN, tmp_path / "go", under=under)
-    for answer in ("begun", "finished xbegun"):
-        expect(process, answer)
-        os.killpg(process.pid, number)
-        (tmp_path / "go").write_text("finished ")
-    assert ending(process) == ("finished x", 0)
-    assert shell("list", "done") == ids
 
 
 def test_cli_run_hands_no_strange_state_to_the_command(shell: Shell) -> None:
@@ -8004,9 +6420,7 @@ def test_cli_ctrl_z_stops_run_and_the_command_or_neither(tmp_path: Path, shell: 
     assert process.stdout
     pid = int(process.stdout.readline())
     os.killpg(process.pid, signal.SIGTSTP)
-    end_s = time.monotonic() + 2
-    while stopped(process.pid, pid) != [True, True] and time.monotonic() < end_s:
-        time.sleep(0.01)
+    becomes([True, True], lambda: stopped(process.pid, pid), seconds=2)
     assert len({*stopped(process.pid, pid)}) == 1, "the command works on"
     os.killpg(process.pid, signal.SIGCONT)
     (tmp_path / "go").write_text("finished\n")
@@ -8024,17 +6438,14 @@ def test_cli_ctrl_z_stops_run_and_the_command_or_neither(tmp_path: Path, shell: 
 #   crontab          the command of its last line; /srv/myapp is that directory, `queue` has a task, and
 #                    ./handle appends what it reads to `handled`
 #   ini              a systemd unit: its ExecStart likewise, then SIGTERM
-#   none, text, mermaid   not at all
+#   none, text, mermaid   not at all; another one is an error, so that nothing is untested by mistake
 #
-# All of them must end with exit status 0 and nothing on standard error (ini: by the SIGTERM). Another
-# language is an error, so that nothing on the page is untested by mistake. An HTML comment on a line of
-# its own before a block changes that:
+# All must end with exit status 0 and nothing on standard error (ini: by the SIGTERM). A block with
+# `kill -9` must print each attempt. An HTML comment on a line of its own before a block changes that:
 #
 #   <!-- test: not run, WHY -->   Python and sh are only compiled, the rest is left alone (no network)
 #   <!-- test: original -->       `old_queue` is a directory of the original's, 0.4; what was unfinished
 #                                 there is in `my_queue` afterwards, in order
-#
-# A block with `kill -9` has a worker killed, and must print each attempt.
 
 
 PAGE = README.read_text(encoding="utf-8") if README.exists() else ""
@@ -8115,64 +6526,35 @@ def run_unit(unit: str) -> None:
         assert process.wait(20) == -signal.SIGTERM  # which systemd takes for a clean end
 
 
-def options_of(*program: object) -> set[str]:
-    """The options that a program's --help names."""
-    return set(re.findall(r"--?[a-z][\w-]*", execute(sys.executable, *program, "--help")))
-
-
 def test_readme_names_what_exists() -> None:
     """Calls, arguments, states, commands, options, links, files and variables on the page are there."""
-    text = PAGE
-
     # What was promised is there: a worker is killed, and the original's tasks are moved over.
     assert [text for test, _, _, text in BLOCKS if "kill -9" in text and not test]
     assert "original" in {test for test, *_ in BLOCKS}
 
     # Python
-    called = set(re.findall(r"\bq\.(\w+)\(", text))
-    assert len(called) > 10
-    assert not [name for name in called if not hasattr(FemtoQueue, name)]
-    parameters = {*inspect.signature(FemtoQueue).parameters}
-    passed = [re.findall(r"(\w+)=", call) for call in re.findall(r"FemtoQueue\(([^()]*)\)", text)]
-    assert set(itertools.chain.from_iterable(passed)) <= parameters
-    states = set(re.findall(r"(?:ids|purge|counts\(\))[(\[]\"(\w+)\"", text))
+    called = set(re.findall(r"\bq\.(\w+)\(", PAGE))
+    assert len(called) > 10 and called <= {*dir(FemtoQueue)}
+    for call in re.findall(r"FemtoQueue\(([^()]*)\)", PAGE):
+        assert {*re.findall(r"(\w+)=", call)} <= {*inspect.signature(FemtoQueue).parameters}
+    states = set(re.findall(r"(?:ids|purge|counts\(\))[(\[]\"(\w+)\"", PAGE))
     assert states and states <= set(STATES)
 
-    # The shell
-    commands = re.findall(r"(?:femtoqueue\.py|`femtoqueue) [\w/.$\"-]+ ([a-z]+)\b([^`\n]*)", text)
-    assert len(commands) > 5
-    known = {name: options_of(MODULE, "DIR", name) for name in {name for name, _ in commands}}
-    for name, rest in commands:
-        ours = re.split(r" -- |#|[|>&]", rest)[0]
-        assert set(re.findall(r"(?<=\s)--?[a-z][\w-]*", ours)) <= known[name], (name, rest)
-
-    # What makes the figures
-    figures = re.findall(r"benchmark_mini\.py([^`\n]*)", text)
-    assert figures
-    benchmark = options_of(HERE / "benchmark_mini.py")
-    for rest in figures:
-        assert set(re.findall(r"(?<=\s)--?[a-z][\w-]*", rest)) <= benchmark, rest
-    extras = set(re.findall(r"'\.\[([\w,]+)\]'", text))
-    project = (HERE / "pyproject.toml").read_text(encoding="utf-8")
-    assert extras and all(f"\n{name} = [" in project for name in ",".join(extras).split(","))
-
     # Links, files, variables
-    headings = re.findall(r"(?m)^#+ (.+)$", re.sub(r"(?ms)^```.*?^```", "", text))
+    headings = re.findall(r"(?m)^#+ (.+)$", re.sub(r"(?ms)^```.*?^```", "", PAGE))
     anchors = {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
-    anchors |= set(re.findall(r"<a (?:id|name)=\"([^\"]+)\"", text))
-    for target in re.findall(r"\]\(([^)\s]+)\)|(?:src|href)=\"([^\"]+)\"", text):
+    anchors |= set(re.findall(r"<a (?:id|name)=\"([^\"]+)\"", PAGE))
+    for target in re.findall(r"\]\(([^)\s]+)\)|(?:src|href)=\"([^\"]+)\"", PAGE):
         path, _, anchor = "".join(target).partition("#")
         if not path.startswith(("http:", "https:")):
             assert (HERE / path).exists() and (path or anchor in anchors), target
     code = MODULE.read_text(encoding="utf-8") + Path(__file__).read_text(encoding="utf-8")
-    words = re.findall(r"\bFEMTOQUEUE_[A-Z]+\b|(?<= -k )\w+", text)
+    words = re.findall(r"\bFEMTOQUEUE_[A-Z]+\b|(?<= -k )\w+", PAGE)
     assert not [word for word in words if word not in code]
 
-
-def test_the_page_names_tests_that_exist() -> None:
-    """Each test that README names is here, and each promise has one."""
+    # Each test that is named is here, and each promise has one.
     named = set(re.findall(r"\b(?:test_[a-z_]+|Test[A-Z]\w+)", PAGE)) - {"test_femtoqueue"}
-    assert not [name for name in named if name not in globals()]
+    assert named <= globals().keys()
     promises = PAGE.partition("under the heading with its number")[2].partition("\n## ")[0]
     items = re.split(r"^(?=\d+\. )", promises, flags=re.MULTILINE)[1:]
     assert [item.partition(".")[0] for item in items] == [str(number) for number in range(1, 11)]
@@ -8218,8 +6600,8 @@ def stop_before(part):
     calls = {call: getattr(os, call) for call in ("rename", "replace", "link", "unlink", "remove")}
     for call, function in calls.items():
         setattr(os, call, lambda *a, real=function, **o: change(real, *a, **o))
-def produce(root, count, pause_s):
-    queue = FemtoQueue(root, name)
+def produce(root, count, pause_s, **options):
+    queue = FemtoQueue(root, name, **options)
     begun_s = time.time()
     for number in range(count):
         queue.push(f"{name}-{number:04d}".encode())
@@ -8456,6 +6838,7 @@ class TestMachines:
             ("NFS", "h1-a h2-a", "mute s1, reset h1, reset h2, unmute s1"),
             ("GlusterFS", "h1-a h2-a", "kill s2"),
             ("CephFS", "h1-a h2-a", "kill mds"),
+            ("CephFS", "h1-a h2-a", "kill osd.0"),
         ],
         indirect=["cluster"],
     )
@@ -8485,7 +6868,7 @@ class TestMachines:
         pending = [os.listdir(f"{cluster[host].root()}/pending") for host in ("h1", "h2")]
         assert sorted(pending[0]) == sorted(pending[1])
 
-    @on("NFS", "GlusterFS")
+    @on("NFS", "GlusterFS", "CephFS")
     def test_a_worker_dies(self, cluster: Machines) -> None:
         """Its claim comes back at once on its own host, and not before the lease is over on another."""
         h1, h2 = cluster["h1"], cluster["h2"]
@@ -8497,7 +6880,19 @@ class TestMachines:
         cluster.wait(lambda: cluster.all("done"), "it to be done")
         assert h1.heard("got", "neighbour") == [["dies-0000", "2"]]
 
-    @on("NFS", "GlusterFS")
+    @on("NFS", "GlusterFS", "CephFS")
+    def test_a_producer_and_its_host_die(self, cluster: Machines) -> None:
+        """What a durable push returned is whole, and there for others, though its host died at once."""
+        h1, h2 = cluster["h1"], cluster["h2"]
+        h2.run("h2", f"produce({h2.root()!r}, 10_000, 0, sync_after_write=True)")
+        cluster.wait(lambda: len(h2.heard("ack")) > 100, "pushes")
+        cluster.fault("kill", "h2")
+        h1.run("other", f"work({h1.root()!r}, 0)")
+        pushed = {payload for (payload,) in h2.heard("ack")}
+        cluster.wait(lambda: pushed <= {words[0] for words in h1.heard("done")}, "all that was pushed")
+        assert h1.heard("error") == []
+
+    @on("NFS", "GlusterFS", "CephFS")
     def test_hosts_go_away(self, cluster: Machines) -> None:
         """What a host had in hand that died, was cut off or stood still is done by another one.
 
@@ -8533,9 +6928,17 @@ class TestMachines:
         h3, h4 = cluster.hosts["h3"], cluster.hosts["h4"]
         for host in (h3, h4):
             (host.box / "release").touch()
-        cluster.wait(lambda: h3.heard("lost") and h4.heard("lost"), "the news")
+        # CephFS shuts out a host that is silent for a minute, until it mounts anew: ESHUTDOWN.
+        is_shut_out = cluster.kind == "CephFS"
+        news = "error" if is_shut_out else "lost"
+        cluster.wait(lambda: h3.heard(news) and h4.heard(news), "the news")
         assert sorted(h1.heard("got")) == [[f"{who}-0000", "2"] for who in (*names, "long")]
-        assert h3.heard("done") == h4.heard("done") == cluster.all("error") == []
+        assert h3.heard("done") == h4.heard("done") == []
+        errors = [words[0] for words in cluster.all("error")]
+        assert errors == ["BrokenPipeError(108,"] * 2 * is_shut_out
+        if is_shut_out:
+            cluster.fault("kill", "h3")
+            cluster.fault("kill", "h4")
 
     @on("NFS")
     def test_the_server_dies_before_it_answers(self, cluster: Machines) -> None:
@@ -8602,135 +7005,171 @@ IN_FLIGHT = {
     "done-unkept": ("in_progress", "", "q.push(b'x'); t = q.pop(); q.done(t)"),
     "retry": ("pending", "pending", "q.push(b'x'); t = q.pop(); q.retry(t)"),
 }
+
+
 # --- what a distributed filesystem does, done by one machine ------------------------------------------
 
 
+def test_names_that_linger_cost_no_listing_each(
+    directory: Path, clock: Time, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where listings show for long what is gone, as over NFS, a task costs no listing of its own."""
+    queue = FemtoQueue(directory, "a")
+    ids = queue.push_many([b"x"] * 200)
+    shown: dict[str, list[os.DirEntry[str]]] = {}
+    listed = 0
+
+    @contextlib.contextmanager
+    def scandir(path: str) -> Iterator[Iterable[os.DirEntry[str]]]:
+        nonlocal listed
+        with REAL["scandir"](path) as entries:
+            found = list(entries)
+        if os.path.dirname(path).endswith("/pending"):
+            listed += 1
+            found = shown.setdefault(path, found)
+        yield found
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    for id in ids:
+        task = queue.pop()
+        assert task and task.id == id
+        queue.done(task)
+        clock.advance(0.02)  # 4 s in all, and a look at everything each second
+    assert listed < 10
+
+
+def test_hosts_that_make_the_directory_at_once_share_its_files(
+    directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who comes second replaces neither `layout` nor the clock: to who reads them, that is ESTALE."""
+    inodes: list[int] = []
+
+    def open_(path: str, *arguments: int) -> int:
+        if "/creating/" in path and not inodes:
+            inodes.append(0)
+            FemtoQueue(directory, "b").push(b"x")  # another host is quicker, now
+            inodes[:] = [(directory / name).stat().st_ino for name in shared()]
+        return REAL["open"](path, *arguments)
+
+    def shared() -> list[str]:
+        return sorted(path.name for path in directory.iterdir() if path.is_file())
+
+    monkeypatch.setattr(os, "open", open_)
+    FemtoQueue(directory, "a").push(b"x")
+    assert len(inodes) == 2 and [(directory / name).stat().st_ino for name in shared()] == inodes
+
+
 @pytest.mark.parametrize("size", [1, 2_000_000])
-def test_a_task_is_finished_on_another_host(directory: Path, tmp_path: Path, size: int) -> None:
-    """A pickled task can be finished where the directory is mounted under another path."""
+def test_a_task_is_finished_on_another_host(
+    directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: int
+) -> None:
+    """Task and queue can be pickled, also where the directory is mounted under another path."""
     first = FemtoQueue(directory, "h1")
     first.push(b"x" * size)
     task = pickle.loads(pickle.dumps(first.pop()))
     task.path = f"/elsewhere{task.path}"
     assert size > 1 or task.data == b"x"  # a large one is read when it is asked for
     (tmp_path / "mnt").symlink_to(tmp_path)
-    second = FemtoQueue(tmp_path / "mnt" / "queue", "h2")
+    monkeypatch.chdir(tmp_path)
+    pickled = pickle.dumps(FemtoQueue("mnt/queue", "h2", max_attempts=5))
+    monkeypatch.chdir("/")
+    second = pickle.loads(pickled)
+    assert (second.node_id, second.max_attempts) == ("h2", 5)
     second.done(task)
     with pytest.raises(NotInProgress):
         first.done(task)
     assert names(directory, "done") == [task.id]
 
 
-def test_no_bucket_is_made_twice(directory: Path, clock: Time, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_bucket_is_made_twice(directory: Path, clock: Time) -> None:
     """A bucket that producers may still use is not removed, and none is made again under its name.
 
     Hosts that remove and make one directory at a time split the copies of a replicated filesystem.
     """
     made: list[str] = []
 
-    def mkdir(path: str, *arguments: int) -> None:
-        REAL["mkdir"](path, *arguments)
-        made.append(path)
+    def note(name: str, *args: Any, **options: Any) -> Any:
+        result = REAL[name](*args, **options)
+        made.extend(args[:1] if name == "mkdir" and "/pending/" in args[0] else ())
+        return result
 
-    monkeypatch.setattr(os, "mkdir", mkdir)
-    hosts = [FemtoQueue(directory, name) for name in ("a", "b")]
-    for _ in range(300):  # through two periods of 1,000 s
-        clock.advance(7)
-        for queue in hosts:
-            queue.push(b"x")
-            assert drained(queue) == [b"x"]
-    buckets = [path for path in made if "/pending/" in path]
-    assert len(buckets) == len(set(buckets)) <= 4
+    hosts = worker, other = FemtoQueue(directory, "a"), FemtoQueue(directory, "b")
+    with Steps(1, note, once=False):
+        for _ in range(300):  # through two periods of 1,000 s
+            clock.advance(7)
+            for queue in hosts:
+                queue.push(b"x")
+                assert drained(queue) == [b"x"]
+        assert len(made) == len({*made}) <= 4
+        clock.advance(2_000)
+        put(directory / "pending" / "1600000000000123_x")
+        for _ in range(4):  # it comes back when its bucket was removed
+            task = worker.pop()
+            clock.advance(5)
+            for path in (directory / "pending").iterdir():
+                os.utime(path, (clock.wall - 5, clock.wall - 5))
+            assert other.pop() is None and os.listdir(directory / "pending") == []
+            worker.retry(task)
+    assert len(made) == len({*made}) > 4
 
 
-def test_a_file_that_is_being_made_elsewhere_is_not_swept(directory: Path, now: Time) -> None:
-    """What a writer on another host has begun is not swept within a day, whatever its mtime says.
+def test_a_name_listed_twice(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A directory that lists names twice changes no order, no delivery, and ids has each once."""
 
-    In NFSv3, a file that is made with O_EXCL has a number of its maker's there at first.
+    @contextlib.contextmanager
+    def twice(path: str) -> Iterator[Iterator[os.DirEntry[str]]]:
+        with REAL["scandir"](path) as entries:
+            found = list(entries)
+        yield iter(found + found[::-1])
+
+    monkeypatch.setattr(os, "scandir", twice)
+    queue = FemtoQueue(directory, "a")
+    ids = [queue.push(b"%d" % number) for number in range(50)]
+    assert list(queue.ids("pending")) == ids
+    tasks = [queue.pop() for _ in ids]
+    assert [task and task.id for task in tasks] == ids == list(queue.ids("in_progress"))
+    assert queue.pop() is None
+    for task in tasks:
+        queue.done(task)
+    assert list(queue.ids("done")) == ids and queue.purge("done", 0) == 50 and queue.join(0)
+
+
+@pytest.mark.parametrize("first", ["claim", "pending"])
+@pytest.mark.parametrize("state", ["done", "failed"])
+def test_a_finished_task_under_two_names(directory: Path, clock: Time, state: str, first: str) -> None:
+    """A finished task that healing gave its earlier name back does not come round for ever.
+
+    A rename onto another name of the same file does nothing, and says that all went well.
     """
-    draft = put(directory / "creating" / f"{DEAD_OWNER}~{OLD_ID[:-9]}")
-    os.utime(draft, (0, 0))
-    assert FemtoQueue(directory, "a").pop() is None and draft.exists()
-    now.advance(90_000)
-    assert FemtoQueue(directory, "a").pop() is None and not draft.exists()
-
-
-class TestWhatListingsShow:
-    def test_a_name_listed_twice(self, directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        """A directory that lists names twice changes no order, no delivery, and ids has each once."""
-
-        @contextlib.contextmanager
-        def twice(path: str) -> Iterator[Iterator[os.DirEntry[str]]]:
-            with REAL["scandir"](path) as entries:
-                found = list(entries)
-            yield iter(found + found[::-1])
-
-        monkeypatch.setattr(os, "scandir", twice)
-        queue = FemtoQueue(directory, "a")
-        ids = [queue.push(b"%d" % number) for number in range(50)]
-        assert list(queue.ids("pending")) == ids
-        tasks = [queue.pop() for _ in ids]
-        assert [task and task.id for task in tasks] == ids == list(queue.ids("in_progress"))
+    queue = FemtoQueue(directory, "a", timeout_stale_ms=1_000)
+    id = queue.push(b"x")
+    path = next((directory / "pending").rglob(id))
+    if first == "claim":
+        path = Path(queue.pop().path)
+    else:
+        lay_out_busy_owners(directory, 1)
+    os.link(path, directory / state / id)
+    for _ in range(5):
+        clock.advance(2.1)
         assert queue.pop() is None
-        for task in tasks:
-            queue.done(task)
-        assert list(queue.ids("done")) == ids and queue.purge("done", 0) == 50 and queue.join(0)
+    assert queue.status(id) == state
+    assert [*queue.counts(state, "pending", "in_progress").values()] == [1, 0, first == "pending"]
 
-    @pytest.mark.parametrize("first", ["claim", "pending"])
-    @pytest.mark.parametrize("state", ["done", "failed"])
-    def test_a_finished_task_under_two_names(
-        self, directory: Path, clock: Time, state: str, first: str
-    ) -> None:
-        """A finished task that healing gave its earlier name back does not come round for ever.
 
-        A rename onto another name of the same file does nothing, and says that all went well.
-        """
-        queue = FemtoQueue(directory, "a", timeout_stale_ms=1_000)
-        id = queue.push(b"x")
-        path = next((directory / "pending").rglob(id))
-        if first == "claim":
-            path = Path(queue.pop().path)
-        else:
-            claim = f"{OLD_ID}~1~{NOW_US + HOUR_US}"  # of another machine
-            put(directory / "in_progress" / DEAD_OWNER / claim)
-        os.link(path, directory / state / id)
-        for _ in range(5):
-            clock.advance(2.1)
-            assert queue.pop() is None
-        assert queue.status(id) == state
-        counts = queue.counts(state, "pending", "in_progress")
-        assert [*counts.values()] == [1, 0, first == "pending"]
+def test_a_slow_filesystem_is_left_alone(
+    directory: Path, clock: Time, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A waiting worker looks for a tenth of the time at most, however slow a look is."""
+    queue, looks = FemtoQueue(directory, "a"), []
 
-    def test_a_look_that_hangs_is_no_wrong_clock(
-        self,
-        directory: Path,
-        clock: Time,
-        monkeypatch: pytest.MonkeyPatch,
-        caplog: pytest.LogCaptureFixture,
-    ) -> None:
-        """That the queue clock and the wall clock differ is not logged because a look took long."""
-        queue = FemtoQueue(directory, "a")
-        queue.push(b"x")
-        put(directory / "in_progress" / DEAD_OWNER / f"{OLD_ID}~1~{NOW_US + HOUR_US}")
-        monkeypatch.setattr(os, "scandir", lambda path: (clock.advance(20), REAL["scandir"](path))[1])
-        assert queue.pop() and "clock" not in caplog.text
+    def slow(path: str) -> object:
+        clock.advance(0.002)
+        looks.append(path)
+        return REAL["scandir"](path)
 
-    def test_a_slow_filesystem_is_left_alone(
-        self, directory: Path, clock: Time, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        """A waiting worker looks for a tenth of the time at most, however slow a look is."""
-        queue = FemtoQueue(directory, "a")
-        spent_s = 0.0
-
-        def slow(path: str) -> object:
-            nonlocal spent_s
-            clock.advance(0.002)
-            spent_s += 0.002
-            return REAL["scandir"](path)
-
-        monkeypatch.setattr(os, "scandir", slow)
-        assert queue.pop(timeout=10) is None
-        assert spent_s < 1.2
+    monkeypatch.setattr(os, "scandir", slow)
+    assert queue.pop(timeout=10) is None
+    assert 0.002 * len(looks) < 1.2
 
 
 # ====================================================================================================
@@ -8756,7 +7195,7 @@ def become_windows() -> None:
         problem.winerror = winerror
         raise problem
 
-    def is_name(path: object) -> None:
+    def is_name(path: object, *mode: int) -> None:
         name = real.path.basename(real.fspath(path))
         if set(name) & set('<>:"|?*\\') or not name.isprintable() or name[-1:] in (".", " "):
             refuse(errno.EINVAL, path, 123)
@@ -8770,10 +7209,6 @@ def become_windows() -> None:
                 continue
             if stat.S_ISREG(found.st_mode) and real.path.samestat(found, wanted):
                 refuse(errno.EACCES, path, 32)
-
-    def is_no_directory(path: object) -> None:
-        if real.path.isdir(path):
-            refuse(errno.EACCES, path, 5)
 
     def is_not_proc(path: object, *rest: object) -> None:
         if str(path).startswith("/proc"):
@@ -8795,11 +7230,13 @@ def become_windows() -> None:
 
     def may_unlink(path: object) -> None:
         is_closed(path)
-        is_no_directory(path)
+        if real.path.isdir(path):
+            refuse(errno.EACCES, path, 5)
 
     def may_open(path: object, flags: int, mode: int = 0) -> None:
         is_not_proc(path)
-        is_no_directory(path)
+        if real.path.isdir(path):
+            refuse(errno.EACCES, path, 5)
         if flags & os.O_CREAT:
             is_name(path)
         assert flags & binary, f"{path} is opened as text: every newline would change"
@@ -8814,27 +7251,18 @@ def become_windows() -> None:
     def guarded(call: Any, check: Any) -> Any:
         return lambda *arguments, **options: (check(*arguments), call(*arguments, **options))[1]
 
-    for name, check in {
-        "rename": may_rename,
-        "replace": may_replace,
-        "unlink": may_unlink,
-        "remove": may_unlink,
-        "link": may_link,
-        "mkdir": lambda path, mode=0: is_name(path),
-        "readlink": is_not_proc,
-        "fsync": may_fsync,
-        "kill": may_kill,
-    }.items():
+    checks = {"rename": may_rename, "replace": may_replace, "unlink": may_unlink, "remove": may_unlink}
+    checks |= {"link": may_link, "mkdir": is_name, "readlink": is_not_proc, "fsync": may_fsync}
+    for name, check in (checks | {"kill": may_kill}).items():
         setattr(os, name, guarded(getattr(real, name), check))
     os.open = guarded(lambda path, flags, *rest: real.open(path, flags & ~binary, *rest), may_open)
     builtins.open = guarded(real_open, is_not_proc)
     lacks = {
         os: """O_NOFOLLOW O_NONBLOCK O_DIRECTORY O_CLOEXEC O_SYNC O_DSYNC O_NOATIME O_PATH O_TMPFILE
-            O_ASYNC O_DIRECT O_NOCTTY register_at_fork uname posix_fadvise posix_fallocate fork forkpty
-            POSIX_FADV_DONTNEED POSIX_FADV_WILLNEED getuid geteuid getgid getegid getpgid getpgrp setsid
-            killpg chown fchown lchown fchmod mkfifo mknod pread pwrite sync fdatasync statvfs fstatvfs
-            sysconf sendfile copy_file_range splice sched_yield sched_getaffinity nice pidfd_open
-            eventfd memfd_create""",
+            register_at_fork uname posix_fadvise posix_fallocate fork forkpty POSIX_FADV_DONTNEED
+            POSIX_FADV_WILLNEED getuid geteuid getgid getegid getpgid getpgrp setsid killpg chown fchown
+            lchown fchmod mkfifo pread pwrite sync fdatasync statvfs fstatvfs sysconf sendfile
+            copy_file_range splice sched_yield sched_getaffinity nice pidfd_open eventfd memfd_create""",
         signal: """SIGPIPE SIGKILL SIGHUP SIGQUIT SIGALRM SIGUSR1 SIGCHLD SIGTSTP setitimer alarm
             pthread_sigmask""",
         time: "clock_gettime CLOCK_BOOTTIME CLOCK_MONOTONIC CLOCK_REALTIME",
@@ -8853,24 +7281,6 @@ def become_windows() -> None:
 # What holds on Windows, and a program that shows it: it runs in an empty directory, where Q makes the
 # queue of the node "node-1", or of another one.
 ON_WINDOWS = {
-    "what these tests rely on: as there, calls are missing, and calls fail": """
-def fails(call, *arguments, why=PermissionError):
-    try:
-        call(*arguments)
-    except why:
-        return True
-
-with open("a", "w") as file:
-    assert fails(os.rename, "a", "b") and fails(os.unlink, "a")
-with open("a") as file:
-    assert fails(os.fsync, file.fileno(), why=OSError)
-os.rename("a", "b")
-open("a", "w").close()
-assert fails(os.rename, "a", "b", why=FileExistsError) and fails(os.rename, "a", "a:b", why=OSError)
-assert fails(os.open, ".", os.O_RDONLY | os.O_BINARY) and fails(os.open, "a", 0, why=AssertionError)
-assert fails(os.kill, 1, 0, why=AssertionError) and fails(lambda: os.uname(), why=AttributeError)
-assert fails(__import__, "fcntl", why=ImportError) and os.name == "nt"
-""",
     "the module imports and works: push, pop, done, fail, and first in, first out": r"""
 for options in ({}, {"sync_after_write": True}):
     q, other = Q(**options), Q("node-2")
@@ -8937,14 +7347,6 @@ subprocess.run([*sys.orig_argv, "dies"], check=True)
 q = Q()
 assert q.pop() is None
 assert q.pop(10).attempt == 2
-""",
-    "an object of this process that was dropped is known to be gone at once": """
-q, other = Q(), Q()
-q.push(b"x")
-task = other.pop()
-assert q.pop() is None
-del other
-assert q.pop(3).attempt == 2
 """,
     "while a handler reads task.path after its lease, other workers go on with the rest": """
 slow, quick = Q(timeout_stale_ms=100), Q("node-2")
@@ -9037,11 +7439,9 @@ for node_id in ("host:8080", "a\\b", 'a"b', "a?", "a*", "a|b", "<a>"):
 @pytest.mark.parametrize("promise", ON_WINDOWS)
 def test_on_windows(tmp_path: Path, promise: str, hard_links: bool) -> None:
     """On Windows the module imports and works, without process liveness and without directory fsync."""
-    before = (
-        "argparse builtins datetime errno json logging os queue shutil signal stat subprocess sys time"
-    )
     code = [
-        f"from __future__ import annotations\nimport {', '.join(before.split())}, threading, typing",
+        "from __future__ import annotations\nimport argparse, builtins, datetime, errno, json, logging, os",
+        "import queue, shutil, signal, stat, subprocess, sys, time, threading, typing",
         f"Any = typing.Any\n{inspect.getsource(become_windows)}\nbecome_windows()\n{PRELUDE}",
         "def Q(node_id='node-1', **options): return FemtoQueue('queue', node_id, **options)",
         ON_WINDOWS[promise],
@@ -9060,20 +7460,12 @@ IN_WHEEL = {"femtoqueue/__init__.py", "femtoqueue/__main__.py", "femtoqueue/py.t
 INFO_IN_WHEEL = {"METADATA", "RECORD", "WHEEL", "entry_points.txt", "licenses/LICENSE", "top_level.txt"}
 EGG_INFO = {"PKG-INFO", "SOURCES.txt", "dependency_links.txt", "entry_points.txt", "requires.txt"}
 EGG_INFO |= {"top_level.txt"}
-GOOD_USER = '''
-"""A program of somebody else's."""
-
-import datetime
-import queue as queues
-from collections.abc import Iterator
+# A program of somebody else's. A line with "# wrong" has one mistake that only annotations tell.
+USER = b"""
+from datetime import datetime, timezone
 from pathlib import Path
 
 from femtoqueue import STATES, FemtoQueue, FemtoQueueError, FemtoTask, NotInProgress
-
-
-def payloads() -> Iterator[bytes]:
-    yield b"a"
-    yield b"b"
 
 
 def handle(task: FemtoTask) -> int:
@@ -9082,12 +7474,9 @@ def handle(task: FemtoTask) -> int:
 
 def main(directory: Path) -> dict[str, int]:
     with FemtoQueue(directory, "node", max_attempts=3, maxsize=100) as q:
-        try:
-            id: str = q.push(bytearray(b"x"))
-        except queues.Full:
-            return {}
-        ids: list[str] = q.push_many(payloads())
-        due: str = q.schedule(memoryview(b"y"), datetime.datetime.now(datetime.timezone.utc))
+        id: str = q.push(bytearray(b"x"))
+        ids: list[str] = q.push_many(b"%d" % number for number in range(3))
+        due: str = q.schedule(memoryview(b"y"), datetime.now(timezone.utc))
         task: FemtoTask | None = q.pop(timeout=None)
         if task:
             try:
@@ -9098,41 +7487,22 @@ def main(directory: Path) -> dict[str, int]:
                 error: FemtoQueueError = lost
                 print(error)
         state: str | None = q.status(id)
-        reason: str | None = q.reason(id)
         pids: list[int] = [claim["pid"] for claim in q.claims()]
-        print(state, reason, pids, ids, due, [*q.ids("pending")], STATES, q.cancel(id))
+        print(state, q.reason(id), pids, ids, due, [*q.ids("pending")], STATES, q.cancel(id))
         count: int = q.run(handle, until_empty=True, also=[q]) + q.purge("done", 3600.0)
         return {**q.counts(), "handled": count}
-'''
-# Each line has one mistake that only somebody who sees the annotations finds.
-BAD_USER = """
-from femtoqueue import FemtoQueue
+
 
 q = FemtoQueue("queue", "node")
-q.push("text")
-q.push_many(["text"])
-q.pop().data
-q.done(None)
-q.schedule(b"x", "tomorrow")
-q.no_such_call()
-FemtoQueue("queue")
-number: int = q.push(b"x")
+q.push("text")  # wrong
+q.push_many(["text"])  # wrong
+q.pop().data  # wrong
+q.done(None)  # wrong
+q.schedule(b"x", "tomorrow")  # wrong
+q.no_such_call()  # wrong
+FemtoQueue("queue")  # wrong
+number: int = q.push(b"x")  # wrong
 """
-MISTAKES = {5, 6, 7, 8, 9, 10, 11, 12}
-
-
-class Packages(NamedTuple):
-    """The two archives, and the tree that they were built from."""
-
-    wheel: Path
-    sdist: Path
-    tree: Path
-
-
-def needs_package(name: str) -> None:
-    """Skip this test where a Python package is not installed."""
-    if importlib.util.find_spec(name) is None:
-        pytest.skip(f"{name} is not installed: pip install -e '.[check]'")
 
 
 def environment(**more: str) -> dict[str, str]:
@@ -9142,87 +7512,32 @@ def environment(**more: str) -> dict[str, str]:
 
 
 @pytest.fixture(scope="session")
-def packages(tmp_path_factory: pytest.TempPathFactory) -> Packages:
-    """The sdist, and the wheel that was built from the unpacked sdist."""
-    needs_package("build")
-    needs_package("setuptools")
+def packages(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """The wheel and the sdist that it was built from."""
+    pytest.importorskip("build")
+    pytest.importorskip("setuptools")
     if not (HERE / ".ci" / "backend.py").exists():
         pytest.skip("this is not a checkout: there is nothing to build")
     tree = tmp_path_factory.mktemp("packages") / "tree"
     for name in SOURCES:
-        target = tree / name
-        target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(HERE / name, target)
+        put(tree / name, (HERE / name).read_bytes())
     execute(sys.executable, "-m", "build", "--no-isolation", cwd=tree, env=environment())
-    (wheel,) = (tree / "dist").glob("*.whl")
-    (sdist,) = (tree / "dist").glob("*.tar.gz")
-    return Packages(wheel, sdist, tree)
+    (wheel,), (sdist,) = (tree / "dist").glob("*.whl"), (tree / "dist").glob("*.tar.gz")
+    return wheel, sdist
 
 
-class Installation(NamedTuple):
-    """A virtual environment that femtoqueue was installed into."""
-
-    python: Path
-    script: Path
-    module: Path
-
-
-@pytest.fixture(scope="session", params=["wheel", "sdist"])
-def installed(
-    request: pytest.FixtureRequest, packages: Packages, tmp_path_factory: pytest.TempPathFactory
-) -> Installation:
-    """A new environment with one of the archives in it; the sdist is built there by pip."""
-    needs_package("pip")
-    archive: Path = getattr(packages, request.param)
-    home = tmp_path_factory.mktemp(request.param) / "venv"
-    venv.create(home, symlinks=os.name != "nt")
-    scripts = home / ("Scripts" if os.name == "nt" else "bin")
-    suffix = ".exe" if os.name == "nt" else ""
-    python = scripts / f"python{suffix}"
-    # Nothing is fetched: an sdist is built with the setuptools that is installed here.
-    execute(
-        *(sys.executable, "-m", "pip", "--python", python, "install", "--quiet", "--no-index"),
-        *("--no-deps", "--no-build-isolation", "--ignore-installed", "--no-warn-script-location"),
-        *("--disable-pip-version-check", "--prefix", home, archive),
-        env=environment(PYTHONPATH=sysconfig.get_path("purelib")),
-        cwd=home,
-    )
-    where = "import femtoqueue; print(femtoqueue.__file__)"
-    module = Path(execute(python, "-c", where, cwd=home, env=environment()).strip())
-    return Installation(python, scripts / f"femtoqueue{suffix}", module)
-
-
-def complaints(checker: str, directory: Path, python: Path, *more: str) -> dict[str, set[int]]:
-    """Type-check a user's files as the user would; return the lines found wrong, by file."""
-    needs_package(checker)
-    programs = sorted(path.name for path in directory.glob("*.py"))
-    cache = directory.parent / "mypy-cache"
-    options = {
-        "mypy": ["--strict", "--config-file=", f"--cache-dir={cache}", f"--python-executable={python}"],
-        "pyright": [f"--pythonpath={python}"],
-    }[checker]
-    command = (sys.executable, "-m", checker, *options, *more, *programs)
-    process = executed(*command, cwd=directory, env=environment())
-    if checker == "pyright" and "0 informations" not in process.stdout:
-        pytest.skip(f"pyright does not run here: {process.stdout.strip()[-200:]}")
-    assert process.returncode in (0, 1), process.stdout
-    found: dict[str, set[int]] = {}
-    for line in process.stdout.splitlines():
-        path, _, rest = line.strip().partition(".py:")
-        if rest and "error" in rest:
-            found.setdefault(Path(path).name, set()).add(int(rest.split(":")[0]))
-    assert bool(found) == bool(process.returncode), process.stdout
-    return found
-
-
-def test_the_packages_hold_what_they_should(packages: Packages, tmp_path: Path) -> None:
+def test_the_packages_hold_what_they_should(packages: tuple[Path, Path], tmp_path: Path) -> None:
     """The wheel: the module byte for byte, two more files that a package needs, and its metadata.
 
     The sdist: the repository's own files and the generated metadata. A checkout makes the same wheel.
     """
     top = f"femtoqueue-{femtoqueue.__version__}"
-    with zipfile.ZipFile(packages.wheel) as archive:
-        wheel = {name: archive.read(name) for name in archive.namelist()}
+
+    def read(wheel: Path) -> dict[str, bytes]:
+        with zipfile.ZipFile(wheel) as archive:
+            return {name: archive.read(name) for name in archive.namelist()}
+
+    wheel = read(packages[0])
     assert set(wheel) == IN_WHEEL | {f"{top}.dist-info/{name}" for name in INFO_IN_WHEEL}
     assert wheel["femtoqueue/__init__.py"] == MODULE.read_bytes()
     assert wheel["femtoqueue/py.typed"] == b""
@@ -9230,71 +7545,66 @@ def test_the_packages_hold_what_they_should(packages: Packages, tmp_path: Path) 
     assert "\nLicense-Expression: MIT\n" in metadata and "\nRequires-Python: >=3.10\n" in metadata
     assert all("extra ==" in line for line in metadata.splitlines() if line.startswith("Requires-Dist"))
     wanted = {*SOURCES, "PKG-INFO", "setup.cfg"} | {f"femtoqueue.egg-info/{name}" for name in EGG_INFO}
-    with tarfile.open(packages.sdist) as sdist:
+    with tarfile.open(packages[1]) as sdist:
         assert {m.name for m in sdist if not m.isdir()} == {f"{top}/{name}" for name in wanted}
         module = sdist.extractfile(f"{top}/femtoqueue.py")
         assert module and module.read() == MODULE.read_bytes()
     command = (sys.executable, "-m", "build", "--no-isolation", "--wheel", "--outdir", tmp_path)
-    execute(*command, packages.tree, env=environment())
-    (again,) = tmp_path.glob("*.whl")
-    with zipfile.ZipFile(again) as archive:
-        assert {name: archive.read(name) for name in archive.namelist()} == wheel
+    execute(*command, packages[0].parents[1], env=environment())
+    assert read(*tmp_path.glob("*.whl")) == wheel
 
 
-def test_twine_accepts_the_packages(packages: Packages) -> None:
-    """`twine check --strict` has nothing to say: an index would show the README as it is."""
-    needs_package("twine")
-    execute(sys.executable, "-m", "twine", "check", "--strict", packages.wheel, packages.sdist)
-
-
-def test_an_installed_femtoqueue_runs(installed: Installation, tmp_path: Path) -> None:
+def test_an_installed_femtoqueue_runs(packages: tuple[Path, Path], tmp_path: Path) -> None:
     """Installed, it is `import femtoqueue`, `python -m femtoqueue` and `femtoqueue`."""
-    assert installed.module.parts[-2:] == ("femtoqueue", "__init__.py")
-    assert installed.module.read_bytes() == MODULE.read_bytes()
-    version = f"femtoqueue {femtoqueue.__version__}\n"
-    for command in ([installed.python, "-m", "femtoqueue"], [installed.script]):
-        assert execute(*command, "--version", cwd=tmp_path, env=environment()) == version
-        id = execute(*command, "queue", "push", installed.module, cwd=tmp_path, env=environment())
-        listed = execute(*command, "queue", "list", "pending", cwd=tmp_path, env=environment())
-        assert listed.endswith(id)
-        execute(*command, "queue", "no-such-command", succeeds=False, cwd=tmp_path, env=environment())
-
-
-@pytest.fixture
-def program(tmp_path: Path) -> Path:
-    """A folder with two programs of a user's."""
-    put(tmp_path / "program" / "good.py", GOOD_USER.encode())
-    return put(tmp_path / "program" / "bad.py", BAD_USER.encode()).parent
-
-
-@pytest.mark.parametrize("installed", ["wheel"], indirect=True)
-@pytest.mark.parametrize("checker", ["mypy", "pyright"])
-def test_an_installed_femtoqueue_is_typed(installed: Installation, program: Path, checker: str) -> None:
-    """A user's program is checked against the installed annotations, and its mistakes are found."""
-    assert complaints(checker, program, installed.python) == {"bad": MISTAKES}
+    pytest.importorskip("pip")
+    home = tmp_path / "venv"
+    venv.create(home, symlinks=os.name != "nt")
+    scripts = home / ("Scripts" if os.name == "nt" else "bin")
+    execute(
+        *(
+            sys.executable,
+            "-m",
+            "pip",
+            "--python",
+            scripts / "python",
+            "install",
+            "--quiet",
+            "--no-index",
+        ),
+        *("--no-deps", "--ignore-installed", "--no-warn-script-location"),
+        *("--disable-pip-version-check", "--prefix", home, packages[0]),
+        env=environment(),
+        cwd=home,
+    )
+    options: dict[str, Any] = {"cwd": tmp_path, "env": environment()}
+    path = execute(scripts / "python", "-c", "import femtoqueue as f; print(f.__file__)", **options)
+    module = Path(path.strip())
+    assert module.parts[-2:] == ("femtoqueue", "__init__.py")
+    assert module.read_bytes() == MODULE.read_bytes()
+    for command in ([scripts / "python", "-m", "femtoqueue"], [scripts / "femtoqueue"]):
+        version = execute(*command, "--version", **options)
+        assert version == f"femtoqueue {femtoqueue.__version__}\n"
+        id = execute(*command, "queue", "push", module, **options)
+        assert execute(*command, "queue", "list", "pending", **options).endswith(id)
+        execute(*command, "queue", "no-such-command", succeeds=False, **options)
 
 
 @pytest.mark.parametrize("system", ["Linux", "Darwin", "Windows"])
 @pytest.mark.parametrize("checker", ["mypy", "pyright"])
-def test_a_copied_file_is_typed(program: Path, checker: str, system: str) -> None:
-    """The same with the file copied beside the program, which passes itself, on each system."""
-    shutil.copyfile(MODULE, program / "femtoqueue.py")
-    mypys_name = {"Linux": "linux", "Darwin": "darwin", "Windows": "win32"}[system]
+def test_a_copied_file_is_typed(tmp_path: Path, checker: str, system: str) -> None:
+    """A user's program beside a copy of the file: its mistakes are found, on each system, and no more."""
+    pytest.importorskip(checker)
+    put(tmp_path / "user.py", USER)
+    shutil.copyfile(MODULE, tmp_path / "femtoqueue.py")
+    platform = {"Windows": "win32"}.get(system, system.lower())
     options = {
-        "mypy": ["--python-version=3.10", "--platform", mypys_name],
+        "mypy": ["--strict", "--config-file=", "--python-version=3.10", "--platform", platform],
         "pyright": ["--pythonversion=3.10", "--pythonplatform", system],
     }[checker]
-    found = complaints(checker, program, Path(sys.executable), *options)
-    assert found == {"bad": MISTAKES}
-
-
-@pytest.mark.parametrize("installed", ["wheel"], indirect=True)
-def test_the_public_names_are_typed_completely(installed: Installation, tmp_path: Path) -> None:
-    """`pyright --verifytypes`: no public name of the installed package lacks a type."""
-    needs_package("pyright")
-    path = f"{installed.python.parent}{os.pathsep}{os.environ['PATH']}"
-    command = (sys.executable, "-m", "pyright", "--verifytypes", "femtoqueue", "--ignoreexternal")
-    process = executed(*command, cwd=tmp_path, env=environment(PATH=path))
-    if "completeness" not in process.stdout:
-        pytest.skip(f"pyright does not run here: {process.stdout.strip()[-200:]}")
-    assert process.returncode == 0, process.stdout
+    command = (sys.executable, "-m", checker, *options, "user.py", "femtoqueue.py")
+    out = executed(*command, cwd=tmp_path, env=environment()).stdout
+    if checker == "pyright" and "0 informations" not in out:
+        pytest.skip(f"pyright does not run here: {out.strip()[-200:]}")
+    found = {(name, int(line)) for name, line in re.findall(r"(\w+)\.py:(\d+).*? error", out)}
+    lines = enumerate(USER.decode().splitlines(), 1)
+    assert found == {("user", number) for number, line in lines if line.endswith("# wrong")}, out
