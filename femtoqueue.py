@@ -82,6 +82,7 @@ if TYPE_CHECKING:  # typing costs more to import than all the rest
 
     Handler = Callable[["FemtoTask"], object]
     Reader = Callable[[str], Collection[str]]  # the names in a directory
+    _OwnerName = tuple[str, int, str, str, str]  # node_id, PID, start time, place and token
     T = TypeVar("T")
 
 __all__ = ["FemtoQueue", "FemtoQueueError", "FemtoTask", "NotInProgress", "STATES"]
@@ -551,7 +552,7 @@ class _Producer:
         The answer to the rename was lost on a network, and another machine has the task, or has even
         finished it. Where no other machine takes part, a task that is nowhere was deleted.
         """
-        self._place.look_for_others()
+        self._place.look_for_owners()
         if next(self._looking.find(id, STATES), None) is None and not self._place.has_hosts:
             raise _not_found(draft)
 
@@ -971,7 +972,7 @@ class _Consumer:
         place, self._misses = self._place, min(self._misses + 1, 4)
         if self._misses > 1:  # one stale name is no contention yet
             if not place.has_company:
-                place.look_for_others()
+                place.look_for_owners()
             if place.has_company:
                 listing.skip(1 + zlib.crc32(path.encode()) % 4 ** (self._misses - 1))
 
@@ -1340,28 +1341,24 @@ class _Keeper:
         """The claims of owners that are gone, and those whose lease ran out."""
         place = self._place
         found: list[_Return] = []
-        place.look_for_others()
-        for entry in place.entries(place.path["in_progress"]):
-            owner = _parse_owner(entry.name)
-            if owner is None or not entry.is_dir(follow_symlinks=False):
-                continue
+        for directory, owner in place.look_for_owners():
             other_place = owner[3] != _identity().place
-            names = place.names(entry.path)
+            names = place.names(directory)
             alive = _is_alive(owner)
-            for deadline_us, id, used, path in self._tasks(entry.path, names):
+            for deadline_us, id, used, path in self._tasks(directory, names):
                 if deadline_us < now_us or alive is False or path in self._free:
                     found.append((_time_of(id), id, used, path))
                 elif owner[0] == place.owner.node_id and other_place:
                     self._warn(
-                        entry.name,
-                        f"node_id {owner[0]!r} is in use at two places, {entry.name} and "
-                        f"{place.owner.name}; give each machine or container its own, "
+                        directory,
+                        f"node_id {owner[0]!r} is in use at two places, {'~'.join(map(str, owner))} "
+                        f"and {place.owner.name}; give each machine or container its own, "
                         "or each takes over at its start what the other works on",
                     )
-            if not names and entry.path == place.owner.directory:
+            if not names and directory == place.owner.directory:
                 place.owner.rest()
-            elif not names and (alive is False or entry.path in self._free):
-                _try(os.rmdir, entry.path)
+            elif not names and (alive is False or directory in self._free):
+                _try(os.rmdir, directory)
         return found
 
     def note_own_elsewhere(self) -> None:
@@ -1369,12 +1366,10 @@ class _Keeper:
 
         It is free, for a node_id is in one place at a time. Whoever claims under it later is alive.
         """
-        place = self._place
-        for entry in place.entries(place.path["in_progress"]):
-            owner = _parse_owner(entry.name)
-            if owner and owner[0] == place.owner.node_id and _is_elsewhere(owner[3]):
-                self._free.add(entry.path)
-                self._free.update(f"{entry.path}/{name}" for name in place.names(entry.path))
+        for path, owner in self._place.look_for_owners():
+            if owner[0] == self._place.owner.node_id and _is_elsewhere(owner[3]):
+                self._free.add(path)
+                self._free.update(f"{path}/{name}" for name in self._place.names(path))
 
     def _find_due(self) -> list[_Return]:
         """What is due, at least the earliest of it. What is not is sorted into closer buckets."""
@@ -1730,7 +1725,7 @@ class _Looking:
         A change within the same tick of the filesystem's clock would not show: so what was changed
         just now is not trusted, and nothing is where other machines take part.
         """
-        self._place.look_for_others()
+        self._place.look_for_owners()
         total, counted = 0, {}
         for directory in self._directories(("pending",)):
             now_ns, info = time.time_ns(), _lstat(directory)
@@ -2226,14 +2221,15 @@ class _Place:
         """The names of the regular files in it. Some filesystems list a name twice."""
         return [entry.name for entry in self.entries(directory) if entry.is_file(follow_symlinks=False)]
 
-    def look_for_others(self) -> None:
-        """Note who else claims tasks: other processes, and other machines or containers among them."""
+    def look_for_owners(self) -> list[tuple[str, _OwnerName]]:
+        """The directories of all owners; note if other processes are among them, and other machines."""
         me = _identity()
-        owners = (_parse_owner(os.path.basename(path)) for path in self.inner("in_progress"))
-        process = (me.pid, me.start, me.place)
-        others = [owner for owner in owners if owner and owner[1:4] != process]
+        paths = self.inner("in_progress")
+        owners = [(path, owner) for path in paths if (owner := _parse_owner(os.path.basename(path)))]
+        others = [owner for _, owner in owners if owner[1:4] != (me.pid, me.start, me.place)]
         self.has_company = any(_is_alive(owner) is not False for owner in others)
         self.has_hosts = any(owner[3] != me.place for owner in others)
+        return owners
 
     def set_aside(self, path: str, error: OSError) -> None:
         """Note what cannot be had, for a minute, and log it once in that time."""
@@ -2544,7 +2540,7 @@ def _is_elsewhere(place: str) -> bool:
     return place != _identity().place and "." in place and "." in _identity().place
 
 
-def _is_alive(owner: tuple[str, int, str, str, str]) -> bool | None:
+def _is_alive(owner: _OwnerName) -> bool | None:
     """Is this owner alive? None if that cannot be known from here, and its lease must decide.
 
     Only proof counts: a process that is there, but whose start time /proc does not tell (hidepid,
@@ -2678,7 +2674,7 @@ def _place_for(id: str, used: int, clock: _Clock, is_new: bool = False) -> tuple
     return place_us, _format(id, used, place_us)
 
 
-def _parse_owner(name: str) -> tuple[str, int, str, str, str] | None:
+def _parse_owner(name: str) -> _OwnerName | None:
     """node_id, PID, start time, place and token; None if this is not the name of an owner."""
     fields = name.split("~")
     if len(fields) != 5 or not (all(fields) and _is_digits(fields[1]) and _is_digits(fields[2])):
