@@ -821,11 +821,11 @@ class _Consumer:
     def look(self) -> FemtoTask | None:
         """Claim the oldest task, or None. What was set aside is tried again at last, or raised."""
         place, listing = self._place, self._listing
-        now_us = place.clock.stamp()
+        now_us = place.clock.now()
         mine: _Mine = {}
         try:
             if listing and listing.returns == place.returns and not self._keeper.is_time(now_us):
-                task = self._first_of(listing, now_us, {}, mine)
+                task = self._first_of(listing, {}, mine)
                 if task is not None:
                     return task  # the usual case
             for again in (False, True):
@@ -846,6 +846,7 @@ class _Consumer:
         place = self._place
         place.owner.check_open()
         self._put_back({})
+        place.clock.stamp()  # the first one chooses the clock, by which leases are judged
         if self._listing and self._listing.ahead:
             self._keeper.settle(self._listing.ahead)
         tried: dict[str, int] = {}
@@ -855,9 +856,8 @@ class _Consumer:
         while True:
             self._listing = None  # should the next one fail, this one is not gone on with
             before = sum(tried.values())
-            now_us = place.clock.stamp()
-            listing = _Listing(place, place.names, now_us, known)
-            if task := self._first_of(listing, now_us, tried, mine):
+            listing = _Listing(place, place.names, place.clock.stamp(), known)
+            if task := self._first_of(listing, tried, mine):
                 self._listing = listing  # only now: other threads must not empty it before
                 return task
             self._pending.remove_empty(listing.empty)
@@ -868,9 +868,7 @@ class _Consumer:
             elif not self._put_back(mine):
                 return None
 
-    def _first_of(
-        self, listing: _Listing, now_us: int, tried: dict[str, int], mine: _Mine
-    ) -> FemtoTask | None:
+    def _first_of(self, listing: _Listing, tried: dict[str, int], mine: _Mine) -> FemtoTask | None:
         """Claim the first task of a listing that can be had; None if there is none."""
         place = self._place
         while found := listing.next():
@@ -883,7 +881,7 @@ class _Consumer:
                 continue
             for again in (False, True):  # a passing fault costs no turn
                 try:
-                    if task := self._claim(name, directory, listing, now_us, mine):
+                    if task := self._claim(name, directory, listing, mine):
                         return task
                     break
                 except OSError as error:
@@ -892,7 +890,6 @@ class _Consumer:
                     if again:
                         place.set_aside(f"{directory}/{name}", error)
             tried[name] = tried.get(name, 0) + 1
-            now_us = place.clock.stamp()  # it may have taken long, and a lease begins with its claim
         return None
 
     def _is_everywhere(self, error: OSError) -> bool:
@@ -901,13 +898,8 @@ class _Consumer:
         claiming = target.startswith(self._place.path["in_progress"])
         return error.errno in _SCARCE or (claiming and error.errno in _FULL)
 
-    def _claim(
-        self, name: str, directory: str, listing: _Listing, now_us: int, mine: _Mine
-    ) -> FemtoTask | None:
-        """Make one pending task this object's; None if another was quicker, or it cannot be run.
-
-        `now_us` is a stamp, unlike any other: the name of a claim tells whose it is.
-        """
+    def _claim(self, name: str, directory: str, listing: _Listing, mine: _Mine) -> FemtoTask | None:
+        """Make one pending task this object's; None if another was quicker, or it cannot be run."""
         place, source, parsed = self._place, f"{directory}/{name}", _parse(name)
         if parsed is None:
             return None
@@ -917,6 +909,7 @@ class _Consumer:
             place.finish(source, "failed", id, f"used up {used} attempts")
             place.sync()
             return None
+        now_us = place.clock.stamp()  # unlike any other: the name of a claim tells whose it is
         deadline_us = now_us + place.lease_us
         path = f"{place.owner.directory}/{_format(id, used + 1, deadline_us)}"
         mine[path] = source

@@ -2183,6 +2183,44 @@ def test_push_file_refuses_what_is_no_file(directory: Path, tmp_path: Path, move
 # --- pop ----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(
+    ("call", "code", "lists"),
+    [
+        ("rename", errno.ENOENT, True),
+        ("rename", errno.EIO, True),
+        ("rename", errno.EIO, False),
+        ("open", errno.EIO, True),
+    ],
+)
+def test_what_was_claimed_at_the_second_try_is_not_taken_back(
+    directory: Path, clock: Time, refuse: Refusal, call: str, code: int, lists: bool
+) -> None:
+    """What a fault kept from being claimed at first is had by the same pop, and then kept: even if
+    nobody could see, after the fault, what had become of it."""
+    queue = FemtoQueue(directory, "a")
+    assert queue.cancel(queue.push(b"0"))
+    id = queue.push(b"1")
+    failures = iter([code])
+    real = {name: getattr(os, name) for name in (call, "scandir")}
+
+    def in_vain(path: str, *rest: Any) -> Any:
+        if "/in_progress/" in (path, *rest)[call == "rename"] and (code := next(failures, None)):
+            if not lists:
+                refuse("list", "in_progress/a~", errno.EIO)
+            raise OSError(code, os.strerror(code), path)
+        refuse.rules.clear()
+        return real[call](path, *rest)
+
+    setattr(os, call, in_vain)
+    try:
+        task = queue.pop()
+        clock.advance(1.1)
+        assert queue.pop() is next(failures, None) is None and task and task.id == id
+        queue.done(task)
+    finally:
+        setattr(os, call, real[call])
+
+
 def test_a_lease_begins_with_its_claim(
     directory: Path, clock: Time, monkeypatch: pytest.MonkeyPatch
 ) -> None:
