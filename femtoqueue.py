@@ -821,10 +821,9 @@ class _Consumer:
     def look(self) -> FemtoTask | None:
         """Claim the oldest task, or None. What was set aside is tried again at last, or raised."""
         place, listing = self._place, self._listing
-        now_us = place.clock.now()
         mine: _Mine = {}
         try:
-            if listing and listing.returns == place.returns and not self._keeper.is_time(now_us):
+            if listing and listing.returns == place.returns and not self._keeper.is_time():
                 task = self._first_of(listing, {}, mine)
                 if task is not None:
                     return task  # the usual case
@@ -863,7 +862,7 @@ class _Consumer:
             self._pending.remove_empty(listing.empty)
             if listing.hidden or listing.skipped or sum(tried.values()) > before:
                 known = listing.hidden
-            elif self._keeper.is_time(place.clock.now()) and self._keeper.bring_back():
+            elif self._keeper.is_time() and self._keeper.bring_back():
                 continue
             elif not self._put_back(mine):
                 return None
@@ -1262,16 +1261,16 @@ class _Keeper:
         self._place = place
         self._looking = looking
         self._pending, self._scheduled = buckets
-        self._next_look_us = 0
+        self._next_look_us = 0  # by the clock since boot, as is the next one
         self._next_sweep_us = 0
         self._departures_seen = 0
         self._free = free
         self._warned: set[str] = set()
 
-    def is_time(self, now_us: int) -> bool:
+    def is_time(self) -> bool:
         """Is it time to look at all owners, or is something due, even if there is other work?"""
         departures = _departures.get(self._place.root, 0)
-        return now_us >= self._next_look_us or self._departures_seen != departures
+        return _since_boot_us() >= self._next_look_us or self._departures_seen != departures
 
     def hurry(self) -> None:
         """Look at all owners at once."""
@@ -1279,22 +1278,22 @@ class _Keeper:
 
     def sleep_us(self) -> int:
         """How long it is until then, unless something changes."""
-        return self._next_look_us - self._place.clock.now()
+        return self._next_look_us - _since_boot_us()
 
     def bring_back(self) -> bool:
         """Make pending what is due, and if it is time what is abandoned; tell if anything was.
 
         An error is set aside, to be raised when nothing is pending: what is can be had all the same.
         """
-        place, now_us, found = self._place, self._place.clock.now(), False
+        place, now_us, found = self._place, _since_boot_us(), False
         try:
-            if self.is_time(now_us):
+            if self.is_time():
                 self._departures_seen = _departures.get(place.root, 0)
                 self._next_look_us = now_us + _LOOK_US
                 if now_us >= self._next_sweep_us:
                     self._next_sweep_us = now_us + _SWEEP_US
                     self._sweep()
-                found = self._move(self._find_abandoned(now_us), is_new=False)
+                found = self._move(self._find_abandoned(), is_new=False)
                 self._warn_of_clocks()
             found |= self._move(self._find_due(), is_new=True)
         except OSError as error:
@@ -1330,9 +1329,9 @@ class _Keeper:
             self._next_look_us = 0  # the rest at the next look, which comes at once
         return moved > 0 or more  # what is set aside makes room in a batch for others
 
-    def _find_abandoned(self, now_us: int) -> list[_Return]:
+    def _find_abandoned(self) -> list[_Return]:
         """The claims of owners that are gone, and those whose lease ran out."""
-        place = self._place
+        place, now_us = self._place, self._place.clock.now()
         found: list[_Return] = []
         for directory, owner in place.look_for_owners():
             other_place = owner[3] != _identity().place
@@ -1394,7 +1393,7 @@ class _Keeper:
                 if start_us < due_us - due_us % self._scheduled.width(due_us):
                     # Or it is read at each look.
                     _try(self._scheduled.put, path, due_us, os.path.basename(path))
-        self._next_look_us = min(self._next_look_us, place.clock.now() + max(0, next_due_us - now_us))
+        self._next_look_us = min(self._next_look_us, _since_boot_us() + max(0, next_due_us - now_us))
         return found
 
     def settle(self, paths: Iterable[str]) -> None:
