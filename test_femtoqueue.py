@@ -5778,6 +5778,23 @@ for line in sys.stdin:
         queue.done(task)
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="inotify is Linux's")
+def test_an_event_that_brings_no_task_costs_one_look(
+    directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who waits, and is woken for nothing, waits on: he does not look again and again."""
+    queue, waits, begun = FemtoQueue(directory, "a"), Waits(monkeypatch), []
+
+    def begin() -> None:
+        begun.append(0)
+        if len(begun) == 1:
+            put(directory / "pending" / ".not-a-task")
+
+    waits.first = begin
+    assert queue.pop(timeout=0.3) is None
+    assert 2 <= len(begun) < 6
+
+
 def test_waiting_without_inotify_forgets_what_is_gone(
     directory: Path, clock: Time, monkeypatch: pytest.MonkeyPatch
 ) -> None:
