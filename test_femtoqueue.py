@@ -1940,7 +1940,7 @@ BAD_ARGUMENTS: dict[tuple[str, type[Exception]], tuple[object, ...]] = {
     ("timeout_stale_ms", TypeError): ("5", None, True, b""),
     ("timeout_stale_ms", ValueError): (0, -1, 0.0, NAN, float("inf")),
     ("max_attempts", TypeError): ("5", 1.5, True),
-    ("max_attempts", ValueError): (0, -1),
+    ("max_attempts", ValueError): (0, -1, 10**9),
     ("maxsize", TypeError): ("5", 1.5, None, True),
     ("maxsize", ValueError): (-1,),
     ("sync_after_write", TypeError): ("no", "", None, 1.0, []),
