@@ -246,17 +246,18 @@ class FemtoQueue:
 
     def _here(self) -> _Parts:
         """This process's parts, unless closed. A forked child has its own: it claims as itself."""
-        parts = self._parts.get(os.getpid()) or self._new_parts()
+        parts = self._parts.get(os.getpid()) or self._own_parts()
         if self._ends:
             parts.owner.check_open()
         return parts
 
-    def _new_parts(self) -> _Parts:
+    def _own_parts(self) -> _Parts:
         pid = os.getpid()
-        parts = self._parts.setdefault(pid, _Parts(self))  # the same for all threads
-        for other in set(self._parts) - {pid}:
-            self._parts.pop(other, None)
-        return parts
+        if pid not in self._parts:
+            self._parts.setdefault(pid, _Parts(self))  # the same for all threads
+            for other in set(self._parts) - {pid}:
+                self._parts.pop(other, None)
+        return self._parts[pid]
 
     def __del__(self) -> None:
         for parts in getattr(self, "_parts", {}).values():
@@ -331,10 +332,9 @@ class FemtoQueue:
             return parts.consumer.look()
         with _Waiting(parts.place.waiting) as waiting:
             found = _wait_for_task([parts], _end_us(timeout), parts.place.is_stopped, waiting)
-            if found is None:
-                return None
-            waiting.close(in_place=False)
-            return found[1]
+            if found:
+                waiting.close(in_place=False)
+            return found[1] if found else None
 
     def done(self, task: FemtoTask) -> None:
         """Finish `task`: to done/, or deleted if `keep_done` is off. It is never delivered again.
@@ -414,9 +414,8 @@ class FemtoQueue:
         on a distributed filesystem that lists a name twice.
         """
         looking = self._here().looking
-        for state in states:
-            _check_state(state, STATES)
-        return {state: sum(1 for _ in looking.walk(state)) for state in states or STATES}
+        names = [_check_state(state, STATES) for state in states] or STATES
+        return {state: sum(1 for _ in looking.walk(state)) for state in names}
 
     def ids(self, state: str) -> Iterator[str]:
         """The ids of all tasks in `state`, oldest first, or in the order in which they are due.
@@ -474,7 +473,7 @@ class FemtoQueue:
         Ends this object's `run` first, and waits for it; called by its handler, it raises
         FemtoQueueError (use `stop`).
         """
-        parts = self._parts.get(os.getpid()) or self._new_parts()
+        parts = self._own_parts()
         parts.place.stop_and_wait()
         parts.owner.close()
         parts.keeper.give_back_own()  # or somebody else will, should this raise
@@ -948,11 +947,12 @@ class _Consumer:
             if self._undelivered:
                 there = {entry.path for entry in self._place.entries(self._place.owner.directory)}
                 for path, source in list(self._undelivered.items()):
-                    if path in there and not _rename(path, source):  # its bucket was empty, and removed
-                        name = os.path.basename(source)
-                        self._pending.put(path, _time_of(_order(name)), name)
-                    done += path in there
-                    self._place.returns += path in there
+                    if path in there:
+                        if not _rename(path, source):  # its bucket was empty, and removed
+                            name = os.path.basename(source)
+                            self._pending.put(path, _time_of(_order(name)), name)
+                        done += 1
+                        self._place.returns += 1
                     self._undelivered.pop(path, None)
         except OSError:
             pass
@@ -1341,10 +1341,11 @@ class _Keeper:
                 if deadline_us < now_us or alive is False or path in self._free:
                     found.append((_time_of(id), id, used, path))
                 elif owner[0] == place.owner.node_id and other_place:
+                    there = os.path.basename(directory)
                     self._warn(
-                        directory,
-                        f"node_id {owner[0]!r} is in use at two places, {'~'.join(map(str, owner))} "
-                        f"and {place.owner.name}; give each machine or container its own, "
+                        there,
+                        f"node_id {owner[0]!r} is in use at two places, {there} and "
+                        f"{place.owner.name}; give each machine or container its own, "
                         "or each takes over at its start what the other works on",
                     )
             if not names and directory == place.owner.directory:
@@ -1358,7 +1359,7 @@ class _Keeper:
 
         It is free, for a node_id is in one place at a time. Whoever claims under it later is alive.
         """
-        for path, owner in self._place.look_for_owners():
+        for path, owner in self._place.owners():
             if owner[0] == self._place.owner.node_id and _is_elsewhere(owner[3]):
                 self._free.add(path)
                 self._free.update(f"{path}/{name}" for name in self._place.names(path))
@@ -2213,14 +2214,19 @@ class _Place:
         """The names of the regular files in it. Some filesystems list a name twice."""
         return [entry.name for entry in self.entries(directory) if entry.is_file(follow_symlinks=False)]
 
+    def owners(self) -> list[tuple[str, _OwnerName]]:
+        """The directories of all owners, and what their names tell."""
+        entries = self.entries(self.path["in_progress"])
+        directories = (entry for entry in entries if entry.is_dir(follow_symlinks=False))
+        named = ((entry.path, _parse_owner(entry.name)) for entry in directories)
+        return [(path, owner) for path, owner in named if owner]
+
     def look_for_owners(self) -> list[tuple[str, _OwnerName]]:
-        """The directories of all owners; note if other processes are among them, and other machines."""
-        me = _identity()
-        paths = self.inner("in_progress")
-        owners = [(path, owner) for path in paths if (owner := _parse_owner(os.path.basename(path)))]
+        """The owners; note if there are other processes among them, and other machines."""
+        me, owners = _identity(), self.owners()
         others = [owner for _, owner in owners if owner[1:4] != (me.pid, me.start, me.place)]
-        self.has_company = any(_is_alive(owner) is not False for owner in others)
         self.has_hosts = any(owner[3] != me.place for owner in others)
+        self.has_company = self.has_hosts or any(_is_alive(owner) is not False for owner in others)
         return owners
 
     def set_aside(self, path: str, error: OSError) -> None:
