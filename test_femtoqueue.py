@@ -2013,6 +2013,18 @@ def test_maxsize_where_names_are_listed_twice(
         queue.push(b"x")
 
 
+def test_what_pop_could_not_read_makes_no_room(directory: Path, refuse: Refusal) -> None:
+    """What was claimed, and put back as it could not be read, counts against maxsize as before."""
+    q = FemtoQueue(directory, "node", maxsize=2)
+    q.push_many([b"1", b"2"])
+    refuse("open", "/in_progress/", errno.EIO)
+    with pytest.raises(OSError, match=os.strerror(errno.EIO)):
+        q.pop()
+    refuse.rules.clear()
+    with pytest.raises(Full):
+        q.push(b"3")
+
+
 def test_maxsize_where_times_are_coarse(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It holds where a directory's time moves in steps of two seconds, as on vfat and exfat."""
     q, step_ns = FemtoQueue(directory, "node", maxsize=20), 10**18
