@@ -3,19 +3,16 @@
 
     python3 benchmark_mini.py                      ten seconds, nothing to install
     python3 benchmark_mini.py --dir /srv/queues    on another filesystem
-    python3 benchmark_mini.py --full               what must not grow: minutes, and 6 GB on ext4
-    python3 benchmark_mini.py --full 0.01          the same with a hundredth of the tasks and bytes
+    python3 benchmark_mini.py --full               a million tasks: minutes, and 6 GB on ext4
+    python3 benchmark_mini.py --full 0.01          the same with a hundredth of them
 
-    pip install femtoqueue==0.4.2 persist-queue litequeue localqueue \\
-        huey diskcache dirq pqueue matplotlib
+    pip install femtoqueue==0.4.2 persist-queue litequeue localqueue huey dirq matplotlib
     python3 benchmark_mini.py --peers --picture speed.png
 
 The *floor* is a bare loop of the system calls that a queue of files needs: open, write, close, rename;
 rename, open, read, close; rename. It keeps no order, checks nothing and survives nothing. *Plain files*
-are the same steps, written as one writes Python.
-
-Each figure stands beside others of the same run. They take turns, so a busy machine is busy for all.
-Figures are medians, and a ratio is the median of the ratios of the turns.
+are the same steps, written as one writes Python. Each figure stands beside others of the same run,
+which take turns: a busy machine is busy for all. A ratio is the median of the ratios of the turns.
 """
 
 from __future__ import annotations
@@ -31,12 +28,12 @@ import subprocess
 import sys
 import tempfile
 import time
-import tracemalloc
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from importlib import import_module, metadata
-from itertools import chain, count, islice, repeat
-from operator import sub, truediv
+from itertools import chain, count, pairwise, repeat
+from operator import truediv
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -49,13 +46,14 @@ NAMES = map("%016d_bench_0123456789abcdef01.01234567".__mod__, count())  # as lo
 STEPS = ("push", "pop", "done", "push + pop + done")
 OURS, FLOOR, DURABLE, PLAIN = "femtoqueue", "floor", "durable floor", "plain files"
 LOOP = "pop, sleep 10 ms"
-PEERS = ("original", "persist-queue", "litequeue", "localqueue", "huey", "diskcache", "dirq", "pqueue")
+PEERS = ("original", "persist-queue", "litequeue", "localqueue", "huey", "dirq")
 
 Row = tuple[str, dict[str, Sequence[float]]]  # "what -> what is to be reached"; samples, ours first
 Rows = Iterator[Row]
+Steps = tuple[Any, Any, Any]  # push, pop and done
 
 
-# --- what is compared: each goes on when all tasks are pushed, all popped, all done -------------------
+# --- what is compared ---------------------------------------------------------------------------------
 
 
 def queue(place: Path, filled: int = 0, **options: Any) -> FemtoQueue:
@@ -65,43 +63,38 @@ def queue(place: Path, filled: int = 0, **options: Any) -> FemtoQueue:
     return q
 
 
-def through(number: int, q: Any) -> Iterator[None]:
-    """A queue, or its push, pop and done."""
-    push, pop, done = q if isinstance(q, tuple) else (q.push, q.pop, q.done)
-    for _ in range(number):
-        push(PAYLOAD)
-    yield
-    popped = [pop() for _ in range(number)]
-    if None in popped:
-        raise SystemExit("a queue gave back fewer tasks than it was given")
-    yield
-    for task in popped:
-        done(task)
-    yield
+def steps(q: FemtoQueue) -> Steps:
+    return q.push, q.pop, q.done
 
 
-def files(number: int, place: Path, how: str = FLOOR) -> Iterator[None]:
+def files(place: Path, how: str) -> Steps:
     """The floor is the system calls with nothing around them; a durable one syncs."""
     paths = [f"{place}/{state}/" for state in ("creating", "pending", "in_progress", "done")]
     creating, pending, claimed, finished = paths
     for path in paths:
         os.makedirs(path, exist_ok=True)
     to_sync = [os.open(path, os.O_RDONLY) for path in paths[1:] if how == DURABLE]
-    names = [next(NAMES) for _ in range(number)]
-    for name in names:
+    names: deque[str] = deque()
+
+    def push(data: bytes) -> None:
+        name = next(NAMES)
         if how == PLAIN:
-            Path(creating, name).write_bytes(PAYLOAD)
+            Path(creating, name).write_bytes(data)
         else:
             file = os.open(creating + name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
-            os.write(file, PAYLOAD)
+            os.write(file, data)
             if to_sync:
                 os.fsync(file)
             os.close(file)
         os.rename(creating + name, pending + name)
         if to_sync:
             os.fsync(to_sync[0])
-    yield
-    for name in names:
+        names.append(name)
+
+    def pop() -> str | None:
+        if not names:
+            return None
+        name = names.popleft()
         os.rename(pending + name, claimed + name)
         if how == PLAIN:
             Path(claimed, name).read_bytes()
@@ -109,55 +102,47 @@ def files(number: int, place: Path, how: str = FLOOR) -> Iterator[None]:
             file = os.open(claimed + name, os.O_RDONLY)
             os.read(file, 200)
             os.close(file)
-    yield
-    for name in names:
+        return name
+
+    def done(name: str) -> None:
         os.rename(claimed + name, finished + name)
         for directory in to_sync[1:]:
             os.fsync(directory)
-    yield
-    for directory in to_sync:
-        os.close(directory)
+
+    return push, pop, done
 
 
-def peer(name: str, place: str, durable: bool = False) -> Any:
+def peer(name: str, place: str, durable: bool) -> Steps:
     """Another queue, used as its README says. ImportError tells why it is left out."""
-    if durable and name in ("original", "dirq", "pqueue"):  # the original syncs before it writes
+    if durable and name in ("original", "dirq"):  # the original syncs before it writes
         raise ImportError("a power cut takes what it wrote")
     level = "FULL" if durable else "NORMAL"  # of SQLite: a power cut takes nothing, or the last seconds
     os.makedirs(place)
-    match name:
-        case "original":
-            found = [d for d in metadata.distributions(name="femtoqueue") if d.version == "0.4.2"]
-            if not found:
-                raise ImportError("pip install femtoqueue==0.4.2")
-            path = str(found[0].locate_file("femtoqueue.py"))
-            return runpy.run_path(path, run_name=name)["FemtoQueue"](place, "bench")
-        case "persist-queue":
-            q = import_module("persistqueue").SQLiteAckQueue(place)
-            q._putter.execute(f"PRAGMA synchronous = {level}")  # there is no option
-            return q.put, partial(q.get, block=False, raw=True), q.ack
-        case "litequeue":
-            q = import_module(name).LiteQueue(f"{place}/queue.db")
-            q.conn.execute(f"PRAGMA synchronous = {level}")
-            return lambda data: q.put(data.decode()), q.pop, lambda task: q.done(task.message_id)
-        case "localqueue":
-            mode = import_module(name).DurabilityMode("durable" if durable else "relaxed")
-            q = import_module(name).SimpleQueue(place, durability=mode)
-            return lambda data: q.put(data.decode()), partial(q.get, block=False), q.ack
-        case "huey":
-            q = import_module(name).SqliteHuey(filename=f"{place}/huey.db", fsync=durable)
-            return q.task(name="handler")(lambda data: None), q.dequeue, q.execute
-        case "diskcache":
-            q = import_module(name).Deque(directory=place)
-            q.cache.reset("sqlite_synchronous", 2 if durable else 1)
-            return q.append, q.popleft, lambda task: None
-        case "dirq":
-            q = import_module("dirq.QueueSimple").QueueSimple(place)
-            locked = filter(q.lock, chain.from_iterable(repeat(q)))
-            return q.add, lambda: [path := next(locked), q.get(path)], lambda task: q.remove(task[0])
-        case _:
-            q = import_module(name).Queue(place, tempdir=place)
-            return q.put, q.get_nowait, lambda task: q.task_done()
+    if name == "original":
+        for found in metadata.distributions(name="femtoqueue"):
+            if found.version == "0.4.2":
+                path = str(found.locate_file("femtoqueue.py"))
+                return steps(runpy.run_path(path, run_name=name)["FemtoQueue"](place, "bench"))
+        raise ImportError("pip install femtoqueue==0.4.2")
+    if name == "persist-queue":
+        q = import_module("persistqueue").SQLiteAckQueue(place)
+        q._putter.execute(f"PRAGMA synchronous = {level}")  # there is no option
+        return q.put, partial(q.get, block=False, raw=True), q.ack
+    if name == "dirq":
+        q = import_module("dirq.QueueSimple").QueueSimple(place)
+        locked = filter(q.lock, chain.from_iterable(repeat(q)))
+        return q.add, lambda: [path := next(locked), q.get(path)], lambda task: q.remove(task[0])
+    module = import_module(name)
+    if name == "litequeue":
+        q = module.LiteQueue(f"{place}/queue.db")
+        q.conn.execute(f"PRAGMA synchronous = {level}")
+        return lambda data: q.put(data.decode()), q.pop, lambda task: q.done(task.message_id)
+    if name == "localqueue":
+        mode = module.DurabilityMode("durable" if durable else "relaxed")
+        q = module.SimpleQueue(place, durability=mode)
+        return lambda data: q.put(data.decode()), partial(q.get, block=False), q.ack
+    q = module.SqliteHuey(filename=f"{place}/huey.db", fsync=durable)
+    return q.task(name="handler")(lambda data: None), q.dequeue, q.execute
 
 
 # --- how it is measured -------------------------------------------------------------------------------
@@ -169,30 +154,28 @@ def timed(call: Callable[..., object], *arguments: object) -> list[float]:
     return [time.perf_counter() - start]
 
 
-def memory(call: Callable[..., object], *arguments: object) -> list[float]:
-    """Bytes that Python held at most."""
-    tracemalloc.start()
-    call(*arguments)
-    peak = tracemalloc.get_traced_memory()[1]
-    tracemalloc.stop()
-    return [peak]
-
-
-def load(number: int, steps: Callable[..., Iterator[None]], *arguments: Any) -> list[float]:
+def load(number: int, push: Any, pop: Any, done: Any) -> list[float]:
     """Seconds per task of push, pop, done, and of all three."""
-    turn = steps(number, *arguments)
-    times = [timed(next, turn)[0] / number for _ in range(3)]
-    return [*times, sum(times)]
+    times = [time.perf_counter()]
+    for _ in range(number):
+        push(PAYLOAD)
+    times.append(time.perf_counter())
+    tasks = [pop() for _ in range(number)]
+    times.append(time.perf_counter())
+    for task in tasks:
+        done(task)
+    times.append(time.perf_counter())
+    if None in tasks:
+        raise SystemExit("a queue gave back fewer tasks than it was given")
+    return [(end - start) / number for start, end in [*pairwise(times), (times[0], times[3])]]
 
 
-def by_turns(
-    call: Callable[..., Any], who: dict[str, Any], seconds: float, *whats: str, least: int = 4
-) -> Rows:
+def by_turns(call: Callable[..., Any], who: dict[str, Any], seconds: float, *whats: str) -> Rows:
     """A row for each figure that the call returns. All take turns; the first is a warm-up."""
     turns: dict[str, list[list[float]]] = {name: [] for name in who}
     order, end = [*who], time.perf_counter() + seconds
     gc.freeze()  # what the benchmark itself has loaded is nobody's burden
-    while len(turns[order[0]]) < least or time.perf_counter() < end:
+    while len(turns[order[0]]) < 4 or time.perf_counter() < end:
         for name in order:
             turns[name].append(call(*who[name]))
         order.reverse()
@@ -215,12 +198,12 @@ def together(*jobs: Callable[[], Any]) -> list[Any]:
     return [result for _, result in sorted(results.get(timeout=300) for _ in jobs)]
 
 
-def drain(tasks: Iterator[Any]) -> list[float]:
-    """When it began, and when each came to an end."""
-    return [time.perf_counter(), *(time.perf_counter() for _ in tasks)]
+def drain(pop: Any, done: Any) -> list[float]:
+    """When it began, and when each task was done."""
+    return [time.perf_counter(), *(time.perf_counter() for _ in map(done, iter(pop, None)))]
 
 
-def wait(q: Any, polls: bool, number: int = 0) -> list[float]:
+def wait(q: Any, polls: bool, number: int) -> list[float]:
     """The share of a core that waiting in vain takes, and how late so many tasks were popped."""
 
     def pop(timeout: float) -> Any:
@@ -239,47 +222,48 @@ def wait(q: Any, polls: bool, number: int = 0) -> list[float]:
     return [share, median(late)]
 
 
-# --- the ten seconds ----------------------------------------------------------------------------------
+# --- what is measured ---------------------------------------------------------------------------------
 
 
 def one(place: Path, share: float) -> Rows:
     """One process"""
-    who: dict[str, Any] = {OURS: (through, queue(place / OURS, 1_000))}
-    who |= {how: (files, place / how, how) for how in (FLOOR, PLAIN)}
+    who = {OURS: steps(queue(place / OURS, 1_000))} | {n: files(place / n, n) for n in (FLOOR, PLAIN)}
     return by_turns(
-        partial(load, 1_000), who, 1.5, *STEPS[:3], f"{STEPS[3]} -> 1.10 x, on tmpfs 1.20 x"
+        partial(load, 1_000), who, 1.5, *STEPS[:3], STEPS[3] + " -> 1.10 x, on tmpfs 1.20 x"
     )
 
 
 def workers(place: Path, share: float) -> Rows:
     """Many workers; those of the floor share no files"""
 
-    def drained(steps: Callable[..., Iterator[None]], of: Any, works: list[Any]) -> list[float]:
-        shares = [steps(500, of) for _ in range(8)]
-        for share in shares:
-            next(share)
-        times = together(*(partial(drain, each) for each in works or shares))
+    def drained(make: Callable[[], Steps]) -> list[float]:
+        works = [make() for _ in range(8)]
+        for push, _, _ in works:
+            for _ in range(500):
+                push(PAYLOAD)
+        times = together(*(partial(drain, pop, done) for _, pop, done in works))
         return [(max(map(max, times)) - min(map(min, times))) / 4_000]
 
     q = queue(place / OURS)
-    who = {OURS: (through, q, [map(q.done, iter(q.pop, None))] * 8), FLOOR: (files, place / FLOOR, [])}
+    who = {OURS: (lambda: steps(q),), FLOOR: (lambda: files(place / FLOOR, FLOOR),)}
     return by_turns(drained, who, 2, "pop + done by 8 processes -> 1.18 x, on tmpfs 1.54 x")
 
 
 def durable(place: Path, share: float) -> Rows:
     """Durable; the floor is write + fsync + rename + fsync"""
-    q, many = (queue(place / name, 20, sync_after_write=True) for name in (OURS, "many"))
-    who: dict[str, Any] = {OURS: (through, q), DURABLE: (files, place / DURABLE, DURABLE)}
+    q, many, single = (
+        queue(place / name, 20, sync_after_write=True) for name in (OURS, "many", "push")
+    )
+    who: dict[str, Any] = {OURS: steps(q), DURABLE: files(place / DURABLE, DURABLE)}
     yield from by_turns(partial(load, 20), who, 1, "push -> 1.10 x", *STEPS[1:])
-    fifty = partial(queue, place / "fifty", 50, sync_after_write=True)
-    who = {OURS: (1_000, many.push_many, [PAYLOAD] * 1_000), "push": (50, fifty)}
+    who = {OURS: (1_000, many.push_many), "push": (50, lambda items: [*map(single.push, items)])}
     each = "push_many(1000), each -> 0.25 x"
-    yield from by_turns(lambda number, *call: [timed(*call)[0] / number], who, 0, each)
+    yield from by_turns(lambda n, push: [timed(push, [PAYLOAD] * n)[0] / n], who, 0, each)
 
 
 def waiting(place: Path, share: float) -> Rows:
     """Waiting, beside a loop that looks every 10 ms"""
-    who = [(queue(place / name), name == LOOP) for name in (OURS, LOOP)]
+    who = [(queue(place / f"{polls}"), polls) for polls in (False, True)]
 
     def push_often(q: FemtoQueue, later: bool) -> None:
         time.sleep(2.5 + 0.006 * later)
@@ -289,8 +273,8 @@ def waiting(place: Path, share: float) -> Rows:
 
     waits = [partial(wait, *each, 40) for each in who]
     own, loop, *_ = together(*waits, *(partial(push_often, *each) for each in who))
-    yield "idle worker -> 0.05 %", {OURS: own[:1], LOOP: loop[:1]}
-    yield "wake-up, from push to end of pop -> 0.5 ms", {OURS: own[1:], LOOP: loop[1:]}
+    for number, what in enumerate(("idle worker -> 0.05 %", "wake-up, push to end of pop -> 0.5 ms")):
+        yield what, {OURS: [own[number]], LOOP: [loop[number]]}
 
 
 def peers(place: Path, share: float) -> Rows:
@@ -300,8 +284,8 @@ def peers(place: Path, share: float) -> Rows:
         ("power cuts", 20, (DURABLE,)),
     ):
         at, synced = place / survives, DURABLE in floors
-        who: dict[str, Any] = {OURS: (through, queue(at / OURS, number, sync_after_write=synced))}
-        who |= {how: (files, at / how, how) for how in floors}
+        who: dict[str, Steps] = {OURS: steps(queue(at / OURS, number, sync_after_write=synced))}
+        who |= {how: files(at / how, how) for how in floors}
         for name in PEERS:
             try:
                 version = "0.4.2" if name == "original" else metadata.version(name)
@@ -309,112 +293,43 @@ def peers(place: Path, share: float) -> Rows:
             except ImportError as error:
                 print(f"  without {name}: {error}")
                 continue
-            next(through(number, other))
-            label = f"{name} {version}{' *' if name in ('huey', 'diskcache') else ''}"
-            who[label] = through, other
+            for _ in range(number):
+                other[0](PAYLOAD)
+            who[f"{name} {version}{' *' * (name == 'huey')}"] = other
         *_, row = by_turns(partial(load, number), who, 15, *STEPS[:3], f"surviving {survives}")
         yield row
 
 
-# --- what must not grow: --full -----------------------------------------------------------------------
-
-
 def grown(place: Path, share: float) -> Rows:
-    """Up to 1,000,000 pending, 100,000 scheduled, 200,000 done, and a thousandth of it"""
+    """1,000,000 pending, 100,000 scheduled, 200,000 done, beside a thousandth of it"""
     due_us, parts = time.time_ns() // 1_000 + HOUR_US, {OURS: share, "a thousandth": 0.001}
-    who = {name: queue(place / name) for name in parts}
-
-    def grow(pending: int, scheduled: int, done: int) -> None:
-        for name, q in who.items():
-            load(max(1, int(done * parts[name])), through, q)
-            next(through(int(pending * parts[name]), q))
-            for _ in range(max(50, int(scheduled * parts[name]))):
-                q.schedule(PAYLOAD, due_us)
-        os.sync()  # or the disk is still busy with it
+    who = {name: steps(queue(place / name)) for name in parts}
+    for name, part in parts.items():
+        load(int(200_000 * part), *who[name])
+        q = queue(place / name, int(1_000_000 * part))
+        for _ in range(int(100_000 * part)):
+            q.schedule(PAYLOAD, due_us)
+    os.sync()  # or the disk is still busy with it
 
     def first_pop(place: Path) -> list[float]:
-        with queue(place) as first, queue(place) as second:
-            return timed(first.pop) + memory(second.pop)
+        with queue(place) as q:
+            return timed(q.pop)
 
-    grow(100_000, 16_000, 200_000)
-    for state, size in (("pending", "100,000"), ("scheduled", "16,000")):
-        for call in ("status", "cancel"):
-            ids = {name: [*islice(q.ids(state), 40)] for name, q in who.items()}
-            calls = {name: (next, map(getattr(q, call), ids[name])) for name, q in who.items()}
-            yield from by_turns(timed, calls, 0, f"{call}(id), {size} {state} -> 1 ms", least=40)
-    counts = {name: (q.counts,) for name, q in who.items()}
-    yield from by_turns(memory, counts, 0, "memory of counts(), 200,000 done -> 1 MB")
-    grow(900_000, 84_000, 0)
-    whats = "first pop -> 5 ms", "memory of first pop -> 2 MB"
-    yield from by_turns(first_pop, {name: (place / name,) for name in who}, 0, *whats)
-    loads, whats = {name: (through, q) for name, q in who.items()}, ("push -> 1.05 x", "pop -> 1.05 x")
-    yield from by_turns(partial(load, 1_000), loads, 5, *whats, *STEPS[2:])
+    yield from by_turns(first_pop, {name: (place / name,) for name in who}, 0, "first pop -> 5 ms")
+    yield from by_turns(partial(load, 1_000), who, 5, "push -> 1.05 x", "pop -> 1.05 x", *STEPS[2:])
     q, new = queue(place / OURS, keep_done=False), queue(place / "new")
-    drain(map(q.done, iter(q.pop, None)))
+    drain(q.pop, q.done)
     time.sleep(2.1)  # directories that were just in use are not removed yet
     yield from by_turns(timed, {OURS: (q.pop,), "new": (new.pop,)}, 1, "pop once drained -> 40 us")
 
-    def drain_later() -> list[float]:
-        now = time.time
-        time.time = lambda: now() + HOUR_US / 1e6
-        return drain(map(q.done, iter(q.pop, None)))
 
-    [times] = together(drain_later)
-    pops = sorted(map(sub, times[1:], times))
-    yield "longest pop + done when all are due -> 100 ms", {OURS: pops[-1:], "median": [median(pops)]}
-
-
-def crowd(place: Path, share: float) -> Rows:
-    """Many processes"""
-    q, alone = queue(place / "busy", 40), queue(place / "alone")
-
-    def look() -> list[Row]:
-        time.sleep(1)
-        pops = {OURS: (q.pop,), "alone": (alone.pop,)}
-        return [*by_turns(timed, pops, 1, "empty pop beside 40 busy -> 100 us")]
-
-    def hold() -> bool:
-        task = q.pop()
-        time.sleep(4)
-        return task is not None
-
-    rows, *held = together(look, *[hold] * 40)
-    if not all(held):
-        raise SystemExit("not everybody got a task")
-    yield from rows
-    waits = [together(*[partial(wait, alone, polls)] * 50) for polls in (False, True)]
-    own, loop = ([sum(share for share, _ in each)] for each in waits)
-    yield "idle: 50 processes -> 2.5 %", {OURS: own, LOOP: loop}
-
-
-def rest(place: Path, share: float) -> Rows:
-    """A full queue, a large payload, starting"""
-    size, source = int(20_000 * share), place / "source"
-    full, free = (queue(place / str(most), size - 1, maxsize=most) for most in (size, 0))
-    who: dict[str, Any] = {OURS: (through, full), "no limit": (through, free)}
-    yield next(by_turns(partial(load, 1), who, 1, "push, 1 place free of 20,000 -> 3 x"))
-    q = queue(place / "large", keep_done=False)
-    source.touch()
-    os.truncate(source, int(2**30 * share))
-
-    def large() -> None:
-        q.push_file(source)
-        if task := q.pop():
-            shutil.copyfile(task.path, os.devnull)
-            q.done(task)
-
-    who = {OURS: (large,), "copy": (shutil.copyfile, source, place / "copy")}
-    yield from by_turns(memory, who, 0, "memory of 1 GiB by push_file, path -> 32 MB", least=2)
-    code = f"import sys; sys.path.insert(0, {os.path.dirname(femtoqueue.__file__)!r})"
-    start, without = ([sys.executable, "-Ic", code + more] for more in ("; import femtoqueue", ""))
-    who = {OURS: (subprocess.run, start), "without": (subprocess.run, without)}
-    yield from by_turns(timed, who, 2, "Python with import femtoqueue -> 5 ms more")
+# --- how it is shown ----------------------------------------------------------------------------------
 
 
 def text(what: str, samples: Sequence[float]) -> str:
     value, units = median(samples), [(1.0, "s"), (1e-3, "ms"), (1e-6, "us")]
-    if what.startswith(("memory", "idle")):
-        units = [(1e6, "MB"), (1e3, "kB")] if what.startswith("memory") else [(0.01, "% of a core")]
+    if what.startswith("idle"):
+        units = [(0.01, "% of a core")]
     scale, unit = next((each for each in units if value >= each[0]), units[-1])
     return f"{value / scale:,.{0 if value >= 100 * scale else 2}f} {unit}"
 
@@ -438,20 +353,18 @@ def draw(rows: list[Row], about: str, path: Path) -> None:
     sizes = [len(samples) for _, samples in rows]
     figure = pyplot.figure(figsize=(8, sum(sizes) / 4 + len(sizes) / 2), layout="constrained")
     axes = figure.subplots(len(rows), squeeze=False, height_ratios=sizes)[:, 0]
+    colors = {OURS: "#2f81f7"} | dict.fromkeys((FLOOR, DURABLE, PLAIN), "#d4a72c")
     for axis, (what, samples) in zip(axes, rows, strict=True):
-        bars = {
-            name: median(samples[name]) for name in sorted(samples, key=lambda n: -median(samples[n]))
-        }
+        bars = dict(
+            sorted(((name, median(samples[name])) for name in samples), key=lambda bar: -bar[1])
+        )
         labels = [text(what, [value]) for value in bars.values()]
         title = f"Waiting: {what.partition(' -> ')[0]} (less is better)"
         if what.startswith("surviving"):
             title, bars = f"Tasks a second, {what}", {name: 1 / bars[name] for name in bars}
             labels = [f"{value:,.0f}" for value in bars.values()]
-        colors = {OURS: "#2f81f7", FLOOR: "#d4a72c", DURABLE: "#d4a72c", PLAIN: "#d4a72c"}
-        drawn = axis.barh(
-            [*bars], [*bars.values()], color=[colors.get(name, "#a5adb6") for name in bars]
-        )
-        axis.bar_label(drawn, labels, padding=5)
+        color = [colors.get(name, "#a5adb6") for name in bars]
+        axis.bar_label(axis.barh([*bars], [*bars.values()], color=color), labels, padding=5)
         axis.set_title(title, loc="left", fontsize=11, fontweight="bold")
         axis.set(xticks=[], xlim=(0, 1.25 * max(bars.values())), ylim=(-0.5, len(bars) - 0.4))
         axis.tick_params(length=0)
@@ -470,7 +383,7 @@ def main() -> None:
     add("--picture", type=Path, metavar="FILE", help="draw peers and waiting; needs matplotlib")
     options = parser.parse_args()
     parts = [one, workers, durable, waiting] if hasattr(os, "fork") else [one]
-    parts += [grown, crowd, rest] if options.full else []
+    parts += [grown] if options.full else []
     parts += [peers] if options.peers or options.picture else []
     kind = subprocess.getoutput(f"df --output=fstype '{options.dir}' 2>{os.devnull}").split()[-1:]
     if kind == ["ext4"] and not list(Path("/proc/fs/jbd2").glob("*")):
