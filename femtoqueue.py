@@ -859,7 +859,7 @@ class _Consumer:
                 self._listing = listing  # only now: other threads must not empty it before
                 return task
             self._pending.remove_empty(listing.empty)
-            if listing.hidden or listing.skipped or sum(tried.values()) > before:
+            if listing.hidden or sum(tried.values()) > before:
                 known = listing.hidden
             elif self._keeper.is_time() and self._keeper.bring_back():
                 continue
@@ -989,7 +989,7 @@ class _Consumer:
             data = task._data = os.read(descriptor, _SMALL)
             is_right = id.endswith(".%08x" % zlib.crc32(data))
             if not is_right:  # there is more of it, or the name tells nothing
-                task._data = _read_more(descriptor, task.path, data)
+                task._data = _read_more(descriptor, data)
                 chunks = _chunks(descriptor) if task._data is None else (task._data,)
                 crc = 0
                 for chunk in chunks:
@@ -1031,7 +1031,7 @@ def _wait_for_task(
 ) -> tuple[_Parts, FemtoTask] | None:
     """Parts of the first queue that has a task, and the task; None when time, or all, is over."""
     while True:
-        last = is_over() or _since_boot_us() >= end_us
+        last = _since_boot_us() >= end_us
         for parts in queues:
             if task := parts.consumer.look():
                 return parts, task
@@ -1057,7 +1057,6 @@ class _Listing:
         self, place: _Place, read: Reader, horizon_us: int | None = None, known: Collection[str] = ()
     ) -> None:
         self.hidden: set[str] = set()
-        self.skipped = False  # something was left to the next listing
         self.empty: list[str] = []  # buckets
         self.returns = place.returns
         self._read = read
@@ -1121,7 +1120,6 @@ class _Listing:
 
     def skip(self, count: int) -> None:
         """Leave so many names to the next listing."""
-        self.skipped = True
         del self._ready[-count:]
 
 
@@ -2324,10 +2322,11 @@ class _Changes:
 
     def _take(self) -> str:
         with self._lock:
-            for directory in self._touched:
-                del self._touched[directory]  # before: what is renamed meanwhile notes it again
-                return directory
-        return ""
+            # A list, for a signal handler may come in between. Before the sync: what is renamed
+            # meanwhile notes it again.
+            directory = next(iter([*self._touched]), "")
+            self._touched.pop(directory, None)
+            return directory
 
     def forget(self) -> None:
         """Give up what is noted."""
@@ -2454,7 +2453,6 @@ class _Owner:
         self.draft = f"{place.path['creating']}/{self.name}~"
         self.directory = f"{place.path['in_progress']}/{self.name}"
         self._place = place
-        self._lock = _thread.RLock()
         self._is_ready = False  # the directory was made, and if that was asked for, for good
         self.claims = 0
         self._claims_seen = 0  # when `rest` was called last
@@ -2465,23 +2463,19 @@ class _Owner:
         if not (self._is_ready and _rename(source, path)):
             if self._is_ready and os.path.isdir(self.directory):
                 return False
-            with self._lock:  # another thread must not claim before the directory is on disk
-                self._is_ready = False
-                self._place.make(self.directory)
-                self._is_ready = True
+            self._is_ready = False
+            self._place.make(self.directory)
+            self._is_ready = True
             if not _rename(source, path):
                 return False
         self.claims += 1
-        if self._place.ends:  # close() gives back what it sees, and this may have come after it
-            self.check_open()
         return True
 
     def rest(self) -> None:
         """Remove the empty directory if nothing was claimed since the last call: all look into it."""
         if self.claims == self._claims_seen:
-            with self._lock:
-                self._is_ready = False
-                _try(os.rmdir, self.directory)
+            self._is_ready = False
+            _try(os.rmdir, self.directory)
         self._claims_seen = self.claims
 
     def check_open(self) -> None:
@@ -2550,8 +2544,8 @@ def _is_alive(owner: _OwnerName) -> bool | None:
         return None  # on another machine, boot or container
     if pid == me.pid and token.startswith(_copy):
         return "~".join(map(str, owner)) in _living
-    if me.boot is None or (pid == me.pid and start == me.start):
-        return None  # not Linux; or another copy of this file in this process
+    if me.boot is None:
+        return None  # not Linux
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
@@ -2758,12 +2752,9 @@ def _crc(chunks: Iterable[bytes]) -> int:
     return crc
 
 
-def _read_more(descriptor: int, path: str, data: bytes) -> bytes | None:
+def _read_more(descriptor: int, data: bytes) -> bytes | None:
     """`data` and what follows it in the file; None if that is too much to be kept in memory."""
-    info = os.fstat(descriptor)
-    if not stat.S_ISREG(info.st_mode):
-        raise OSError(errno.EINVAL, "not a regular file any more", path)
-    if info.st_size > _CHUNK:
+    if os.fstat(descriptor).st_size > _CHUNK:
         os.lseek(descriptor, 0, os.SEEK_SET)  # for who computes the CRC-32
         return None
     return data + b"".join(_chunks(descriptor))
