@@ -90,7 +90,7 @@ class Time:
     """Stands in for the clocks: it moves when told to, and when somebody sleeps."""
 
     wall: float = 1_800_000_000.0
-    boot: float = 5_000.0  # counts time asleep
+    boot: float = 5_000.0  # counts the time that the machine was asleep
     asleep: float = 0.0
 
     def advance(self, seconds: float) -> None:
@@ -98,12 +98,10 @@ class Time:
         self.boot += seconds
 
     def suspend(self, seconds: float) -> None:
-        """The machine sleeps for so long."""
         self.advance(seconds)
         self.asleep += seconds
 
     def step_wall(self, seconds: float) -> None:
-        """Somebody set the wall clock."""
         self.wall += seconds
 
     def set_to_real(self) -> None:
@@ -240,9 +238,10 @@ def where(directory: Path, state: str) -> str:
 
 def start(code: str, *arguments: object, under: Iterable[str] = (), **options: Any) -> Process:
     """Start a real Python process, `under` another command, that has imported femtoqueue, and runs `code`."""
-    command = [*under, sys.executable, "-c", PRELUDE + code, *map(str, arguments)]
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-    return subprocess.Popen(command, text=True, **pipes | options)
+    options = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True} | options
+    return subprocess.Popen(
+        [*under, sys.executable, "-c", PRELUDE + code, *map(str, arguments)], **options
+    )
 
 
 def run(code: str, *arguments: object, under: Iterable[str] = ()) -> str:
@@ -476,16 +475,14 @@ def synced_slowly(queue: FemtoQueue, end: str, monkeypatch: Patch) -> Iterator[l
 
     Yields what happens, in order: that it was synced, and that the block returned.
     """
-    begun, returned = threading.Event(), threading.Event()
-    events: list[str] = []
-    real = os.fsync
+    begun, returned, events = threading.Event(), threading.Event(), []
 
     def sync_slowly(descriptor: int) -> None:
         if threading.current_thread() is slow and synced_path(descriptor).endswith(end):
             begun.set()
             returned.wait(0.5)  # in vain, unless the block returns too early
             events.append("synced")
-        real(descriptor)
+        REAL["fsync"](descriptor)
 
     slow = threading.Thread(target=queue.pop)
     monkeypatch.setattr(os, "fsync", sync_slowly)
@@ -562,8 +559,7 @@ def meanwhile(patch: Patch, at: int, action: Callable[[], object], *more: tuple[
 
     `more`: other functions whose calls count, too, each as its module and name.
     """
-    met: list[str] = []
-    count = itertools.count(1)
+    met, count = [], itertools.count(1)
 
     def call(name: str, real: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         if not met and next(count) == at:
@@ -602,12 +598,10 @@ class Lines:
 @pytest.fixture
 def places(tmp_path: Path) -> Iterator[list[Path]]:
     """A directory on the queue's filesystem, and one on another, if there is one."""
-    others = (
-        p for p in (SHM, Path("/tmp")) if p.is_dir() and p.stat().st_dev != tmp_path.stat().st_dev
-    )
-    with tempfile.TemporaryDirectory(dir=next(others, tmp_path)) as other:
-        here = Path(other).stat().st_dev == tmp_path.stat().st_dev
-        yield [tmp_path] if here else [tmp_path, Path(other)]
+    here = tmp_path.stat().st_dev
+    others = [p for p in (SHM, Path("/tmp")) if p.is_dir() and p.stat().st_dev != here]
+    with tempfile.TemporaryDirectory(dir=[*others, tmp_path][0]) as other:
+        yield [tmp_path, Path(other)] if others else [tmp_path]
 
 
 def never(task: FemtoTask) -> None:
@@ -748,8 +742,8 @@ NAMES = (
     *(
         "１７００００００００００００００_{n}",
         "{time}_{n:0183}",
-        "node~1~{n}~elsewhere~token",
         "{time}_{n}\n",
+        "node~1~{n}~elsewhere~x",
     ),
     *("clock-0123456789ab.{n}", ".DS_Store-{n}", ".nfs{time}{n}", ".{time}_shell-{n}.swp"),
 )
@@ -780,9 +774,7 @@ def is_ours(place: str, name: str, kind: str) -> bool:
     if place == "creating":
         return re.fullmatch(owner + "~[^~]*", name) is not None
     found = re.fullmatch("([0-9]{16}_[ -}]{1,182})(~[0-9]{1,9}(~[0-9]{16}){0,2})?", name)
-    end = (
-        found and re.split("^[0-9]{16}_.*_[0-9a-f]{18}", found[1])[1:]
-    )  # behind what begins as ours do
+    end = found and re.split("^[0-9]{16}_.*_[0-9a-f]{18}", found[1])[1:]  # of what begins as ours do
     return bool(found) and (not end or re.fullmatch(r"\.[0-9a-f]{8}", end[0]) is not None)
 
 
@@ -821,15 +813,13 @@ def test_hostile_directories(directory: Path, tmp_path: Path, clock: Time, seed:
     got, nothing = [], 0
     while nothing < 4:
         clock.advance(1.5 if nothing else 0.1)
-        task = queue.pop()
-        nothing = 0 if task else nothing + 1
-        if task and task.id in real.values():
-            got.append(task.data.decode())
-        elif task:
-            assert task.data == b"hostile" and task.id in tasks
-        if task:
+        nothing += 1
+        if task := queue.pop():
+            nothing = 0
+            assert task.id in real.values() or (task.data == b"hostile" and task.id in tasks)
+            got += [task.data] * (task.id in real.values())
             queue.done(task)
-    assert sorted(got) == ["in_progress", "pending", "scheduled"]
+    assert sorted(got) == [b"in_progress", b"pending", b"scheduled"]
     assert all(queue.status(real[state]) == state for state in ("done", "failed", "corrupt"))
     clock.advance(3_000)
     assert queue.pop() is None
@@ -888,13 +878,12 @@ CALLS: dict[str, tuple[str, object, object]] = {
     "q.done(task) or q.status(task.id)": ("in_progress", "done", NotInProgress),
     "q.fail(task) or q.status(task.id)": ("in_progress", "failed", NotInProgress),
     "q.retry(task) or q.status(task.id)": ("in_progress", "pending", NotInProgress),
-    "q.retry(task, 1e9) or q.status(task.id)": ("in_progress", "scheduled", NotInProgress),
     "q.touch(task) or q.status(task.id)": ("in_progress", "in_progress", NotInProgress),
     "q.join(0)": ("", False, None),
-    "sum(q.counts().values())": ("any", 6, 5),
     "q.close()": ("", None, None),
     **{f"q.status(ids[{s!r}])": (s, s, None) for s in STATES},
     **{f"len([*q.ids({s!r})])": (s, 1, 0) for s in STATES},
+    **{f"q.counts()[{s!r}]": (s, 1, 0) for s in STATES},
     **{f"q.requeue(ids[{s!r}])": (s, True, False) for s in ("failed", "scheduled")},
     **{f"q.cancel(ids[{s!r}])": (s, True, False) for s in ("pending", "scheduled")},
     **{f"q.purge({s!r}, 0)": (s, 1, 0) for s in STATES if s != "in_progress"},
@@ -908,8 +897,8 @@ def test_a_directory_that_vanishes_is_made_again(directory: Path, gone: str, cal
     queue, task, ids = full_house(directory)
     for path in directory.glob(gone):
         shutil.rmtree(path)
-    state, (about, there, missing) = gone.partition("/")[0], CALLS[call]
-    expected = missing if about == state or (about == "any" and state in STATES) else there
+    about, there, missing = CALLS[call]
+    expected = missing if about == gone.partition("/")[0] else there
     try:
         assert eval(call, globals(), {"q": queue, "task": task, "ids": ids}) == expected
     except NotInProgress:
@@ -1038,8 +1027,8 @@ def break_clock(directory: Path) -> Path:
 
 
 @pytest.mark.parametrize("ahead_s", [0.5, 8 * 3_600, 8_199_999_999.999_999])
-@pytest.mark.parametrize("bucket", [".", str(NOW_US)])
-def test_a_stamp_ahead_of_the_queue_clock_is_not_passed_by(
+@pytest.mark.parametrize("bucket", [".", str(NOW_US), "own"])
+def test_a_stamp_ahead_is_not_passed_by(
     directory: Path, clock: Time, ahead_s: float, bucket: str
 ) -> None:
     """A file put there by hand whose stamp is ahead of the queue clock gets a place all the same, and
@@ -1047,7 +1036,7 @@ def test_a_stamp_ahead_of_the_queue_clock_is_not_passed_by(
     queue, stamp_us, found = FemtoQueue(directory, "a"), NOW_US + int(ahead_s * 1e6), []
     if ahead_s < 1e9:  # else the clock is chosen beside it
         queue.cancel(queue.push(b"before"))
-    put(directory / "pending" / bucket / f"{stamp_us}_shell", b"by hand")
+    put(directory / "pending" / bucket.replace("own", str(stamp_us)) / f"{stamp_us}_shell", b"by hand")
     while b"by hand" not in found:
         assert int(queue.push(b"newer")[:16]) < NOW_US + 10**7
         clock.advance(0.1)
@@ -1081,9 +1070,7 @@ def test_many_at_once_and_a_stream_starve_nobody(scratch: Path, clock: Time, kin
 # ====================================================================================================
 
 
-@pytest.mark.parametrize(
-    "end", ["is dropped", "is closed", "is of another copy of the file, and closed"]
-)
+@pytest.mark.parametrize("end", ["dropped", "closed", "closed, and of another copy of the file"])
 def test_dropped_object(directory: Path, queue: FemtoQueue, end: str) -> None:
     """An object is alive until it is closed or dropped; then its tasks come back at the next pop."""
     vendored = types.ModuleType("vendored")
@@ -1137,13 +1124,12 @@ def test_a_process_is_told_from_others(directory: Path, queue: FemtoQueue, under
     another PID namespace, a live worker is not robbed, and a dead one is seen."""
     code = """
 import signal
-def fork(work):
-    pid = os.fork()
-    work() if pid == 0 else None
-    return pid
+def claim():
+    FemtoQueue(sys.argv[1], "node-2").pop()
+    os.write(pipe[1], b"claimed")
+    signal.pause()
 pipe = os.pipe()
-claim = lambda: [FemtoQueue(sys.argv[1], "node-2").pop(), os.write(pipe[1], b"claimed"), signal.pause()]
-worker = fork(claim)
+worker = os.fork() or claim()
 os.read(pipe[0], 7)
 print(FemtoQueue(sys.argv[1], "node-3").pop().data)
 os.kill(worker, signal.SIGKILL)
@@ -1151,7 +1137,7 @@ os.waitpid(worker, 0)
 if os.readlink("/proc/self") == str(os.getpid()):
     time.sleep(0.03)  # start times are in hundredths of a second
     open("/proc/sys/kernel/ns_last_pid", "w").write(str(worker - 1))
-    assert fork(signal.pause) == worker
+    assert (os.fork() or signal.pause()) == worker
 print(FemtoQueue(sys.argv[1], "node-4").pop().data)
 """
     assert run(code, directory, under=under) == "b'b'\nb'a'\n"
@@ -1181,7 +1167,7 @@ print(*[task.data for task in iter(queue.pop, None)])
 @pytest.mark.skipif(not os.path.exists("/proc/self/stat"), reason="there is no /proc")
 def test_no_false_identity(queue: FemtoQueue) -> None:
     """A process that cannot find out who it is gets OSError; when it can, it is who it is."""
-    mine = Path(queue.pop().path).parent.name
+    mine = Path(queue.pop().path).parent.name.split("~")
 
     def broken(path: str, real: Callable[..., Any], asked: Any, *rest: Any) -> Any:
         if asked == path:
@@ -1195,8 +1181,8 @@ def test_no_false_identity(queue: FemtoQueue) -> None:
                     real = getattr(module, call)
                     patch.setattr(module, call, functools.partial(broken, f"/proc/{name}", real))
                 queue.pop()
-        child = Path(queue.pop().path).parent.name
-        assert child.split("~")[3] == mine.split("~")[3] and child.split("~")[2] > "0"
+        child = Path(queue.pop().path).parent.name.split("~")
+        assert child[3] == mine[3] and child[2] > "0"
 
     assert in_child(work) == (0, "")
 
@@ -1205,9 +1191,7 @@ def test_no_false_identity(queue: FemtoQueue) -> None:
 
 
 @needs_pid_namespace
-def test_two_containers_of_one_name_leave_each_other_their_work(
-    directory: Path, queue: FemtoQueue, serve: Spawn
-) -> None:
+def test_two_containers_of_one_name(directory: Path, queue: FemtoQueue, serve: Spawn) -> None:
     """My node_id elsewhere is dead as far as it claimed before I opened; later its lease decides."""
     old = serve(directory, "web", NEW_PIDS)
     assert tell(old, TAKE) == "b'a'"
@@ -1217,8 +1201,7 @@ def test_two_containers_of_one_name_leave_each_other_their_work(
     assert tell(old, TAKE) == "b'b'"
     for container in (new, old, new):
         assert tell(container, "queue.pop(1.1)") == "None"
-    for container in (old, new):
-        assert tell(container, "queue.touch(task) or queue.done(task)") == "None"
+    assert tell(old, "queue.done(task)") == tell(new, "queue.touch(task) or queue.done(task)") == "None"
     places = [tell(container, "os.readlink('/proc/self/ns/pid')[5:-1]") for container in (old, new)]
     log = ending(new)[0]
     assert all(word in log for word in ("web", *places)), "a warning names both places"
@@ -1231,10 +1214,7 @@ needs_proc_subset = needs(*NO_BOOT, "test", "!", "-e", "/proc/sys")
 @needs_pid_namespace
 @needs_proc_subset
 @pytest.mark.parametrize("node_id", ["web", "other"])
-@pytest.mark.parametrize(
-    ("under", "judged_under"),
-    [(NEW_PIDS, []), (NEW_PIDS_OLD_PROC, []), (NO_BOOT, []), (NO_BOOT, NO_BOOT)],
-)
+@pytest.mark.parametrize(("under", "judged_under"), [(NEW_PIDS, []), (NO_BOOT, []), (NO_BOOT, NO_BOOT)])
 def test_elsewhere_the_lease_decides(
     directory: Path, queue: FemtoQueue, serve: Spawn, under: Any, judged_under: Any, node_id: str
 ) -> None:
@@ -1280,10 +1260,7 @@ def test_live_owner_within_its_lease(
     directory: Path, clock: Time, lease_s: int, others_s: int, asleep: bool
 ) -> None:
     """No task is taken within the lease of who claimed it, asleep or not; 1 s later at most it is."""
-    owner, other = (
-        FemtoQueue(directory, "a", lease_s * 1_000),
-        FemtoQueue(directory, "b", others_s * 1_000),
-    )
+    owner, other = (FemtoQueue(directory, "a", s * 1_000) for s in (lease_s, others_s))
     owner.push(b"old")
     clock.advance(86_400)
     task, passed_s, found = owner.pop(), 0.0, b""
@@ -1302,11 +1279,11 @@ def test_live_owner_within_its_lease(
 # The API, in the order of its table
 # ====================================================================================================
 
-
 NAN = float("nan")
 BAD_ARGUMENTS: dict[tuple[str, type[Exception]], tuple[object, ...]] = {
     ("data_dir", TypeError): (5, None, b"bytes"),
     ("data_dir", ValueError): ("", "a\0b"),
+    ("data_dir", OSError): (__file__, f"{__file__}/deep/er", "/proc/femtoqueue"),
     ("node_id", TypeError): (5, None, b"bytes"),
     ("node_id", ValueError): ("a" * 65, *"|a/b|a~b|a\n|\0|\x7f|\udc80|ü|日|e\u0301|\u00a0".split("|")),
     ("timeout_stale_ms", TypeError): ("5", None, True, b""),
@@ -1315,31 +1292,20 @@ BAD_ARGUMENTS: dict[tuple[str, type[Exception]], tuple[object, ...]] = {
     ("max_attempts", ValueError): (0, -1, 10**9),
     ("maxsize", TypeError): ("5", 1.5, None, True),
     ("maxsize", ValueError): (-1,),
-    **{
-        (flag, TypeError): ("no", None, 1.0, [])
-        for flag in ("sync_after_write", "keep_done", "keep_failed")
-    },
+    ("sync_after_write", TypeError): ("no", "", None, 1.0, []),
+    ("keep_done", TypeError): ("false", None, b""),
+    ("keep_failed", TypeError): ("0", None, ()),
 }
 
 
 @pytest.mark.parametrize(("argument", "error"), BAD_ARGUMENTS)
 def test_bad_constructor_arguments(directory: Path, argument: str, error: type[Exception]) -> None:
-    """A bad argument, or a node_id that is not printable ASCII, gets its error at the call, which names
-    it, before anything is written."""
+    """A bad argument, such as a node_id that is not printable ASCII, gets its error at the call, which
+    names it, before anything is written."""
     for value in BAD_ARGUMENTS[argument, error]:
-        with pytest.raises(error, match=argument):
+        with pytest.raises(error, match="femtoqueue" if error is OSError else argument):
             FemtoQueue(**{"data_dir": directory, "node_id": "a", argument: value})
         assert not directory.exists(), repr(value)
-
-
-@pytest.mark.parametrize("path", ["file", "file/deep/er", "link", "link/deeper", "/proc/femtoqueue"])
-def test_a_data_dir_that_is_no_directory(tmp_path: Path, path: str) -> None:
-    """Where a file, a link that leads nowhere, or a filesystem refuses: an OSError with its path."""
-    put(tmp_path / "file")
-    (tmp_path / "link").symlink_to("nowhere")
-    with pytest.raises(OSError, match=path[:4]) as caught:
-        FemtoQueue(tmp_path / path, "node")
-    assert not isinstance(caught.value, FileExistsError) and len([*tmp_path.iterdir()]) == 2
 
 
 # --- push, push_many, push_file -----------------------------------------------------------------------
@@ -1359,14 +1325,12 @@ def test_push_takes_bytes_likes(directory: Path, clock: Time, durable: bool) -> 
 
 
 @pytest.mark.parametrize("fails", ["an item", "a durable item", "the iterable", "a durable disk"])
-def test_push_many_that_fails_has_pushed_a_prefix(
-    directory: Path, monkeypatch: Patch, fails: str
-) -> None:
+def test_push_many_that_fails_pushed_a_prefix(directory: Path, monkeypatch: Patch, fails: str) -> None:
     """On an error of an item, the iterable or the disk, what was pushed is a prefix; so is what can be
     seen of it at every moment while it is withdrawn."""
     q, items = FemtoQueue(directory, "node", sync_after_write="durable" in fails), [b"0", b"1", b"2"]
     assert q.cancel(q.push(b"first"))  # the clock and the bucket are there
-    seen: list[list[bytes]] = []
+    seen = []
 
     def unlink(path: str) -> None:
         seen.append([p.read_bytes() for p in sorted(directory.glob("pending/*/*"))])
@@ -1403,9 +1367,7 @@ def test_maxsize_is_exact_for_one_producer(directory: Path, durable: bool) -> No
 
 
 @pytest.mark.parametrize("how", ["due", "retried", "requeued", "abandoned"])
-def test_maxsize_counts_what_comes_back(
-    directory: Path, clock: Time, refuse: Refusal, how: str
-) -> None:
+def test_maxsize_counts_what_returns(directory: Path, clock: Time, refuse: Refusal, how: str) -> None:
     """Tasks that fall due or come back take up room, though the producer counted before them; a bucket
     that another user hides is no obstacle."""
     q, other = FemtoQueue(directory, "node", maxsize=10), FemtoQueue(directory, "other", 1_000)
@@ -1413,9 +1375,8 @@ def test_maxsize_counts_what_comes_back(
     claims = [other.pop() for _ in ids if how != "due"]
     for claim in claims if how == "requeued" else ():
         other.fail(claim)
-    refuse(
-        "list", put(directory / "pending/1700000000000000/1700000000000000_x").parent.name, errno.EACCES
-    )
+    put(directory / "pending" / "1700000000000000" / "1700000000000000_x")
+    refuse("list", "1700000000000000", errno.EACCES)
     q.push(b"x")  # from here on, it has room for some, and need not count
     for id, claim in zip(ids, claims, strict=False):
         q.requeue(id) if how == "requeued" else how == "retried" and q.retry(claim)
@@ -1429,9 +1390,7 @@ def test_maxsize_counts_what_comes_back(
 
 @durable_or_not
 @pytest.mark.parametrize("how", ["copy", "move", "open file"])
-def test_push_file_copies_or_moves(
-    directory: Path, places: list[Path], durable: bool, how: str
-) -> None:
+def test_push_file(directory: Path, places: list[Path], durable: bool, how: str) -> None:
     """push_file makes a file's content a task, from any filesystem; moved, the file is gone."""
     q = FemtoQueue(directory, "node", sync_after_write=durable)
     for place, content in itertools.product(places, (b"", b"x" * 3_000_000)):
