@@ -721,7 +721,9 @@ def test_buckets(directory: Path, clock: Time, state: str) -> None:
 
 
 @pytest.mark.parametrize("data", [b"", b"hello\n", b"\x01" + bytes(23) + b"like the original's"])
-@pytest.mark.parametrize("rest", ["shell.00000000", "a (copy).txt", "h_0.part", "x_01234567890abcdef"])
+@pytest.mark.parametrize(
+    "rest", ["shell.00000000", "a (copy).txt", "x_01234567890abcdef", "0123456789abcdef01"]
+)
 def test_shell_push(directory: Path, rest: str, data: bytes) -> None:
     """A file renamed into pending/ as 16 digits, "_" and more is a task, taken as it is."""
     queue, name = FemtoQueue(directory, "a"), f"1700000000000000_{rest}"
@@ -737,14 +739,13 @@ NAMES = (
     *(OUR_ID + ".01234567" + end for end in ("", "~{n}", "~1~{time}", "~", ".bak")),
     *(OUR_ID + end for end in ("-1.01234567", " (conflicted copy).01234567")),
     OUR_ID + ".sync-conflict-20260101-101010-ABCDEFG.01234567",
-    *("Copy of " + OUR_ID, "{time}_shell-{n}", "{time}_shell-{n}~1", "{time}_shell-{n}~x", "{time}_"),
-    *("{time}", "{time}.0123abcd", "{time}-{n}", "{n}_x", "{time}_é{n}", "{time}_\udcff{n}"),
     *(
-        "１７００００００００００００００_{n}",
-        "{time}_{n:0183}",
-        "{time}_{n}\n",
-        "node~1~{n}~elsewhere~x",
+        "{time}_shell-{n}" + end
+        for end in ("", "~1", "~x", "~1234567890", "~1~{time}~{time}~{time}", "é")
     ),
+    *("Copy of " + OUR_ID, "{time}", "{time}.0123abcd", "{time}.012", "{time}-{n}", "{time}_", "{n}_x"),
+    *("１７００００００００００００００_{n}", "{time}_{n:0183}", "{time}_{n}\n", "{time}_\udcff{n}"),
+    *("node~1~{n}~elsewhere~x" + end for end in ("", "~{time}", "~")),
     *("clock-0123456789ab.{n}", ".DS_Store-{n}", ".nfs{time}{n}", ".{time}_shell-{n}.swp"),
 )
 PLACES = (
@@ -783,7 +784,7 @@ def is_ours(place: str, name: str, kind: str) -> bool:
 def test_hostile_directories(directory: Path, tmp_path: Path, clock: Time, seed: int) -> None:
     """Whatever lies about: nothing raises, blocks, is followed, lost, deleted or taken for a task."""
     queue, task, real = full_house(directory)
-    outside = put(tmp_path / "outside" / "0000000000000001_file", b"followed").parent
+    outside = put(tmp_path / "outside" / "0000000000000001_file", b"-1\n").parent
     [bucket], chance = os.listdir(directory / "pending"), random.Random(seed)
     clock_file = break_clock(directory)  # as after a boot, where something odd lies in its place
     KINDS[("file", "link", "dangling link", "FIFO")[seed % 4]](clock_file, outside)
@@ -793,7 +794,8 @@ def test_hostile_directories(directory: Path, tmp_path: Path, clock: Time, seed:
         for _ in range(chance.choice((0, 0, 1, 2)) if seed > 1 else 0):  # put in, or leave out
             at, new = chance.randrange(len(name)), chance.choice("~._0 a\n\t\x7f٣\udcff\u2028")
             name = name[:at] + new[: chance.randrange(3)] + name[at + chance.randrange(3) :] or "_"
-        path, id = directory / place.format(bucket=bucket) / name, name.partition("~")[0]
+        path = directory / place.format(bucket=bucket) / name
+        id = name.partition("~")[0] if "_" in name else name
         if len(os.fsencode(name)) < 256 and id not in ids and not os.path.lexists(path):
             ids.add(id)
             path.parent.mkdir(exist_ok=True)
@@ -808,7 +810,8 @@ def test_hostile_directories(directory: Path, tmp_path: Path, clock: Time, seed:
     listed = {state: list(queue.ids(state)) for state in STATES}
     assert {*itertools.chain(*listed.values())} <= {*real.values(), *tasks}
     assert queue.counts() == {state: len(found) for state, found in listed.items()}
-    assert all(queue.status(path.name) in (None, *STATES) for path in list(made)[:100])
+    for path in chance.sample(list(theirs), 100):
+        assert not queue.status(path.name) and not queue.cancel(path.name)
     clock.advance(LATER_US / 1e6 - clock.wall)
     got, nothing = [], 0
     while nothing < 4:
@@ -823,7 +826,6 @@ def test_hostile_directories(directory: Path, tmp_path: Path, clock: Time, seed:
     assert all(queue.status(real[state]) == state for state in ("done", "failed", "corrupt"))
     clock.advance(3_000)
     assert queue.pop() is None
-    assert all(queue.cancel(path.name) in (False, True) for path in list(made)[:100])
     for state in ("done", "failed", "corrupt", "scheduled", "pending"):
         queue.purge(state, 0)
     queue.close()
@@ -831,7 +833,7 @@ def test_hostile_directories(directory: Path, tmp_path: Path, clock: Time, seed:
         assert os.path.lexists(path), f"{made[path]} is gone"
         assert seen(path, times=False) == before, f"{made[path]} was changed"
     assert stat.S_ISREG(clock_file.lstat().st_mode)
-    assert [path.read_bytes() for path in outside.iterdir()] == [b"followed"]
+    assert [path.read_bytes() for path in outside.iterdir()] == [b"-1\n"]
     figure("hostile directories", directories=1, objects=len(made), foreign=len(theirs))
 
 
@@ -1026,7 +1028,7 @@ def break_clock(directory: Path) -> Path:
 # --- what gets its place later ------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("ahead_s", [0.5, 8 * 3_600, 8_199_999_999.999_999])
+@pytest.mark.parametrize("ahead_s", [0.5, 8 * 3_600, 8_000_000_000])
 @pytest.mark.parametrize("bucket", [".", str(NOW_US), "own"])
 def test_a_stamp_ahead_is_not_passed_by(
     directory: Path, clock: Time, ahead_s: float, bucket: str
