@@ -366,7 +366,7 @@ def rebooted(tmp_path: Path) -> list[str]:
     return ["unshare", "-m", "sh", "-c", script, str(boot_id)]
 
 
-AS_NOBODY = "os.setgroups([]), os.setgid(65534), os.setuid(65534)\n"
+AS_NOBODY = "\nos.setgroups([]), os.setgid(65534), os.setuid(65534)\n"
 
 
 @pytest.fixture
@@ -1227,7 +1227,8 @@ def test_elsewhere_the_lease_decides(
     assert tell(judge, "queue.pop(1.1)") == tell(worker, "queue.pop()") == "None"
     assert tell(worker, "queue.touch(task)") == "None"
     killed(worker)
-    assert tell(judge, "FemtoQueue(sys.argv[1], 'third').pop()") == "None"
+    fresh = node_id if under is NO_BOOT else "third"
+    assert tell(judge, f"FemtoQueue(sys.argv[1], {fresh!r}).pop()") == "None"
     assert tell(judge, "(back := queue.pop(10)) and (back.data, back.attempt)") == "(b'a', 2)"
 
 
@@ -1283,7 +1284,13 @@ NAN = float("nan")
 BAD_ARGUMENTS: dict[tuple[str, type[Exception]], tuple[object, ...]] = {
     ("data_dir", TypeError): (5, None, b"bytes"),
     ("data_dir", ValueError): ("", "a\0b"),
-    ("data_dir", OSError): (__file__, f"{__file__}/deep/er", "/proc/femtoqueue"),
+    ("data_dir", OSError): (
+        "femtoqueue",
+        "femtoqueue/x",
+        __file__,
+        f"{__file__}/x",
+        "/proc/femtoqueue",
+    ),
     ("node_id", TypeError): (5, None, b"bytes"),
     ("node_id", ValueError): ("a" * 65, *"|a/b|a~b|a\n|\0|\x7f|\udc80|ü|日|e\u0301|\u00a0".split("|")),
     ("timeout_stale_ms", TypeError): ("5", None, True, b""),
@@ -1299,9 +1306,13 @@ BAD_ARGUMENTS: dict[tuple[str, type[Exception]], tuple[object, ...]] = {
 
 
 @pytest.mark.parametrize(("argument", "error"), BAD_ARGUMENTS)
-def test_bad_constructor_arguments(directory: Path, argument: str, error: type[Exception]) -> None:
+def test_bad_constructor_arguments(
+    directory: Path, monkeypatch: Patch, argument: str, error: Any
+) -> None:
     """A bad argument, such as a node_id that is not printable ASCII, gets its error at the call, which
-    names it, before anything is written."""
+    names it, before anything is written. Where there can be no directory, it is OSError."""
+    monkeypatch.chdir(directory.parent)
+    Path("femtoqueue").symlink_to("nowhere")
     for value in BAD_ARGUMENTS[argument, error]:
         with pytest.raises(error, match="femtoqueue" if error is OSError else argument):
             FemtoQueue(**{"data_dir": directory, "node_id": "a", argument: value})
@@ -1390,15 +1401,20 @@ def test_maxsize_counts_what_returns(directory: Path, clock: Time, refuse: Refus
 
 @durable_or_not
 @pytest.mark.parametrize("how", ["copy", "move", "open file"])
-def test_push_file(directory: Path, places: list[Path], durable: bool, how: str) -> None:
-    """push_file makes a file's content a task, from any filesystem; moved, the file is gone."""
-    q = FemtoQueue(directory, "node", sync_after_write=durable)
+def test_push_file(
+    directory: Path, places: list[Path], monkeypatch: Patch, durable: bool, how: str
+) -> None:
+    """push_file makes a file's content a task, from any filesystem; moved, the file is gone, for good if
+    that was asked for."""
+    q, synced = FemtoQueue(directory, "node", sync_after_write=durable), []
+    monkeypatch.setattr(os, "fsync", lambda number: synced.append(synced_path(number)))
     for place, content in itertools.product(places, (b"", b"x" * 3_000_000)):
         source = put(place / "file", content)
         inode = source.stat().st_ino
         with source.open("rb") if how == "open file" else contextlib.nullcontext(source) as file:
             id = q.push_file(file, move=how == "move")
         assert source.exists() is (how != "move")
+        assert (str(place) in synced) is (durable and how == "move")
         task = q.pop()
         assert (task.id, task.data) == (id, content)
         assert (os.stat(task.path).st_ino == inode) is (how == "move" and place == places[0])
