@@ -667,13 +667,13 @@ def test_files_and_names(directory: Path, clock: Time) -> None:
         (lambda: queue.retry(tasks[-1], delay_ms=5_000), "scheduled/BUCKET/ID~2~+5"),
         (lambda: clock.advance(6) or pop(queue), f"{claim}~3~+30"),
         (lambda: clock.advance(31.1) or pop(other), f"{claim.replace('-1', '-2')}~4~+30"),
-        (lambda: other.fail(tasks[-1]), "failed/ID"),
+        (lambda: other.fail(tasks[-1], "größe \udcff"), "failed/ID"),
         (lambda: queue.requeue(id), "pending/BUCKET/ID"),
         (lambda: pop(queue) or queue.done(tasks[-1]), "done/ID"),
     ]
     for call, expected in steps:
         call()
-        [name] = [name for name in files(directory) if id in name]
+        [name] = [name for name in files(directory) if id in name and not name.endswith("~reason")]
         assert (directory / name).read_bytes() == b'{"a": 1}' and name.startswith(queue.status(id))
         name = re.sub(r"/\d{16}/", "/BUCKET/", name.replace(id, "ID"))
         name = re.sub(r"(~\d+)~\d+~[^/~]+~[^/~]+/", r"\1~START~PLACE~TOKEN/", name)
@@ -923,8 +923,7 @@ def test_a_data_dir_that_is_gone_is_an_os_error(directory: Path, how: str, call:
     assert snapshot(directory.parent, times=True) == before and not task.lost
     shutil.rmtree(directory, ignore_errors=True)
     away.rename(directory)
-    again = eval(call, globals(), {"q": queue, "task": task, "ids": ids})
-    assert again == CALLS[call][1], "the call can be made again"
+    assert eval(call, globals(), {"q": queue, "task": task, "ids": ids}) == CALLS[call][1], "made again"
 
 
 # ====================================================================================================
@@ -1030,11 +1029,12 @@ def test_a_stamp_ahead_is_not_passed_by(
     if ahead_s < 1e9:  # else the clock is chosen beside it
         queue.cancel(queue.push(b"before"))
     put(directory / "pending" / bucket.replace("own", str(stamp_us)) / f"{stamp_us}_shell", b"by hand")
+    queue.push_many([b"newer"] * 50)
     while b"by hand" not in found:
-        assert all(int(id[:16]) < NOW_US + 10**7 for id in queue.push_many([b"newer", b"newer"]))
+        assert int(queue.push(b"newer")[:16]) < NOW_US + 10**7
         clock.advance(0.1)
         found.append(drained_one(queue))
-        assert len(found) <= 40, "not within a look or two"
+        assert len(found) <= 80, "not within a look or two"
 
 
 @pytest.mark.parametrize("kind", ["due", "abandoned"])
