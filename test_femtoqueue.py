@@ -2201,7 +2201,7 @@ def test_what_was_claimed_at_the_second_try_is_not_taken_back(
 ) -> None:
     """A passing fault costs no turn; and what pop returned then is kept, whatever could be seen of it."""
     queue, left = FemtoQueue(directory, "a"), [*fails]
-    id = queue.push(b"1")
+    queue.push_many([b"1", b"2"])
 
     def fail_once(name: str, *args: Any, **options: Any) -> Any:
         if left and name == left[0] and "/in_progress/a~" in args[name == "rename"]:
@@ -2211,7 +2211,7 @@ def test_what_was_claimed_at_the_second_try_is_not_taken_back(
     with Steps(1, fail_once, once=False):
         task = queue.pop()
         clock.advance(1.1)
-        assert task and task.id == id and queue.pop() is None and not left
+        assert [task.data, queue.pop().data, queue.pop(), *left] == [b"1", b"2", None]
     queue.done(task)
 
 
