@@ -2324,10 +2324,9 @@ class _Changes:
 
     def _take(self) -> str:
         with self._lock:
-            for directory in self._touched:
-                del self._touched[directory]  # before: what is renamed meanwhile notes it again
-                return directory
-        return ""
+            directory = next(iter(self._touched), "")
+            self._touched.pop(directory, None)  # before: what is renamed meanwhile notes it again
+            return directory
 
     def forget(self) -> None:
         """Give up what is noted."""
