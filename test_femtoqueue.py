@@ -5956,7 +5956,7 @@ def test_many_busy_owners_cost_nothing(directory: Path, clock: Time) -> None:
 
 
 def test_a_full_queue_is_not_counted_again(directory: Path, clock: Time) -> None:
-    """push at maxsize with one place free counts nothing; and what changed is counted again."""
+    """push at maxsize with one place free counts nothing; nor what is full, until it changed."""
     q, other = FemtoQueue(directory, "node", maxsize=3_001), FemtoQueue(directory, "other")
     fill(directory, "pending", 3_000)
     q.push(b"x")
@@ -5968,6 +5968,13 @@ def test_a_full_queue_is_not_counted_again(directory: Path, clock: Time) -> None
     listed: list[str] = []
     calls = calls_of(lambda: [(q.pop(), q.push(b"x")) for _ in range(50)], listed)
     assert len(listed) <= 8 and len(calls) <= 50 * 8 + 20  # the first pop's look
+    for path in (directory / "pending").iterdir():
+        os.utime(path, (1e9, 1e9))
+    for _ in range(2):
+        listed.clear()
+        with pytest.raises(Full):
+            calls_of(lambda: q.push(b"x"), listed)
+    assert not [path for path in listed if "pending/" in path]
 
 
 def test_looking_at_one_of_many_costs_little(directory: Path, clock: Time) -> None:
@@ -6073,7 +6080,6 @@ WRONG_USAGE = {
     "nonsense": "invalid choice",
     "list creating": "invalid choice",
     "cancel": "required: ID",
-    "run": "required",
     "run --max-attempts 0 -- true": "max_attempts",
     "run -- no-such-command": "no-such-command",
     "purge in_progress 1d": "invalid choice",
@@ -6678,7 +6684,7 @@ def test_listings_of_a_network_filesystem(directory: Path, clock: Time, monkeypa
         assert task and task.id == id
         queue.done(task)
         clock.advance(0.02)  # 4 s in all, and a look at everything each second
-    assert list(queue.ids("done")) == ids and len(listed) < 10
+    assert list(queue.ids("done")) == ids and len(listed) < 20
 
 
 def test_a_queue_is_pickled(directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -6746,36 +6752,28 @@ BECOME_WINDOWS = """
 import argparse, builtins, errno, fcntl, json, logging, os, queue, shutil, signal, stat
 import subprocess, sys, time
 scanned = set()
-
 def guard(name, check, module=os):
     call = getattr(module, name)
     setattr(module, name, lambda *args, **options: (check(*args), call(*args, **options))[1])
-
 def refuse(number, path, when=True):
     if when:
         raise OSError(number, os.strerror(number), path)
-
 def may_unlink(path):
     opened = [f"/proc/self/fd/{number}" for number in os.listdir("/proc/self/fd")]
     refuse(errno.EACCES, path, any(os.path.exists(o) and os.path.samefile(o, path) for o in opened))
-
 def may_rename(source, target):
     may_unlink(source)
     refuse(errno.EEXIST, target, os.path.lexists(source) and os.path.lexists(target))
     if "/done/" in target and source not in scanned:  # a virus scanner has it open for a moment
         scanned.add(source)
         refuse(errno.EACCES, source)
-
 def may_open(path, flags, mode=0):
     refuse(errno.EACCES, path, os.path.isdir(path))
     assert flags & os.O_BINARY, f"{path} is opened as text: every newline would change"
-
 def may_fsync(number):
     refuse(errno.EBADF, None, fcntl.fcntl(number, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDONLY)
-
 def may_kill(pid, number):
     raise AssertionError("os.kill(pid, 0) ends a process there")
-
 for check in may_rename, may_open, may_fsync, may_unlink, may_kill:
     guard(check.__name__[4:], check)
 guard("open", lambda path, *rest: refuse(errno.ENOENT, path, str(path).startswith("/proc")), builtins)
@@ -6901,7 +6899,6 @@ q.push("text")  # wrong
 q.pop().data  # wrong
 q.done(None)  # wrong
 q.schedule(b"x", "tomorrow")  # wrong
-FemtoQueue("queue")  # wrong
 number: int = q.push(b"x")  # wrong
 """
 
