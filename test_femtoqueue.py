@@ -4472,6 +4472,17 @@ def fill(directory: Path, state: str, count: int, size: int = 1_000) -> None:
             (top / name).write_bytes(b"x")
 
 
+@contextlib.contextmanager
+def little_memory(limit: int) -> Iterator[None]:
+    """The block takes less than so many bytes at any time."""
+    tracemalloc.start()
+    try:
+        yield
+        assert tracemalloc.get_traced_memory()[1] < limit
+    finally:
+        tracemalloc.stop()
+
+
 @durable_or_not
 def test_system_calls_of_a_task_are_those_of_the_floor(
     directory: Path, clock: Time, durable: bool
@@ -4504,12 +4515,8 @@ def test_a_backlog_costs_nothing(scratch: Path, clock: Time) -> None:
         q = FemtoQueue(scratch / str(count), "node")
         q.push(b"")  # the clock is read
         clock.advance(1)
-        tracemalloc.start()
-        try:
+        with little_memory(2_000_000):
             firsts.append(calls_of(q.pop, listed))
-            assert tracemalloc.get_traced_memory()[1] < 2_000_000
-        finally:
-            tracemalloc.stop()
         later = calls_of(lambda q=q: [q.pop() for _ in range(500)])
         assert later.count("scandir") == 0 and len(later) == 4 * 500
         clock.advance(1.1)
@@ -4523,11 +4530,10 @@ def test_a_drained_queue_costs_what_a_new_one_does(directory: Path, clock: Time)
 
     A hundred idle workers leave no directory behind for the others to list.
     """
-    q = FemtoQueue(directory, "node", keep_done=False)
-    idle = [q, *(FemtoQueue(directory, f"node-{n}") for n in range(100))]
+    q, *others = idle = [FemtoQueue(directory, f"node-{n}", keep_done=False) for n in range(101)]
 
     def empty() -> list[str]:
-        for queue in [*idle[1:], q]:
+        for queue in [*others, q]:
             drained_one(queue)
         drained(q)
         for _ in range(2):
@@ -4557,26 +4563,20 @@ def test_due_tasks_are_moved_a_thousand_at_a_time(directory: Path, clock: Time) 
 
 def test_many_busy_owners_cost_nothing(directory: Path, clock: Time) -> None:
     """What a look learns of owners holds for a second: an empty pop lists none of 40 busy ones."""
-    q = FemtoQueue(directory, "node")
+    q, listed = FemtoQueue(directory, "node"), []
     assert q.pop() is None
     alone = calls_of(q.pop)
     lay_out_busy_owners(directory, 40)
     clock.advance(1.1)
     assert q.pop() is None
-    listed: list[str] = []
     for _ in range(9):
         clock.advance(0.1)
         assert calls_of(q.pop, listed) == alone
     assert not [path for path in listed if "in_progress" in path]
-    clock.advance(1.1)
-    calls_of(q.pop, listed)
-    assert len([path for path in listed if "in_progress/" in path]) == 40
 
 
-def test_a_full_queue_is_not_counted_again(
-    directory: Path, clock: Time, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """push at maxsize with one place free counts nothing; and what changed is counted again."""
+def test_a_full_queue_is_not_counted_again(directory: Path, clock: Time) -> None:
+    """push at maxsize with one place free counts nothing; nor what is full, until it changed."""
     q, other = FemtoQueue(directory, "node", maxsize=3_001), FemtoQueue(directory, "other")
     fill(directory, "pending", 3_000)
     q.push(b"x")
@@ -4588,73 +4588,36 @@ def test_a_full_queue_is_not_counted_again(
     listed: list[str] = []
     calls = calls_of(lambda: [(q.pop(), q.push(b"x")) for _ in range(50)], listed)
     assert len(listed) <= 8 and len(calls) <= 50 * 8 + 20  # the first pop's look
-    buckets = [*(directory / "pending").iterdir()]
-    for path in buckets:
+    for path in (directory / "pending").iterdir():
         os.utime(path, (1e9, 1e9))
-    for at in range(3):
+    for _ in range(2):
         listed.clear()
         with pytest.raises(Full):
             calls_of(lambda: q.push(b"x"), listed)
-        assert at == 0 or not [path for path in listed if "pending/" in path]
-    # Within one tick of the filesystem's clock, a change does not show.
-    monkeypatch.setattr(time, "time_ns", lambda: 2 * 10**18 + 1_000_000)
-    for _ in range(3):
-        os.utime(buckets[0], (2e9, 2e9))
-        with pytest.raises(Full):
-            q.push(b"x")
-        os.unlink(next(buckets[0].iterdir()))
-        os.utime(buckets[0], (2e9, 2e9))
-        q.push(b"x")
+    assert not [path for path in listed if "pending/" in path]
 
 
-def test_one_id_among_many_costs_no_listing(directory: Path, clock: Time) -> None:
-    """status and cancel of one id list no bucket, of scheduled or of pending tasks."""
+def test_looking_at_one_of_many_costs_little(directory: Path, clock: Time) -> None:
+    """status and cancel of one id list no bucket, the first of ids one, and counts keeps no list."""
     q = FemtoQueue(directory, "node")
-    fill(directory, "pending", 3_000)
-    fill(directory, "scheduled", 3_000, 100)
+    fill(directory, "done", 20_000, 20_000)
+    for state in ("pending", "scheduled"):
+        fill(directory, state, 3_000, 100)
     q.push(b"x")
-    ids = {"scheduled": q.schedule(b"x", NOW_US + 2 * HOUR_US), "pending": q.push(b"x")}
-    listed: list[str] = []
-    found: list[object] = []
+    ids = {"scheduled": q.schedule(b"x", NOW_US + 10 * HOUR_US), "pending": q.push(b"x")}
+    listed, found = [], []
     for state, id in ids.items():
         calls_of(lambda id=id: found.extend((q.status(id), q.cancel(id))), listed)
         assert found[-2:] == [state, True] and q.status(id) is None
     assert listed and not [path for path in listed if re.search("(pending|scheduled)/", path)]
-
-
-def test_counting_and_listing_keep_nothing(scratch: Path, clock: Time) -> None:
-    """counts keeps no list of what is done; the first ids of a long queue cost one bucket."""
-    q = FemtoQueue(scratch, "node")
-    fill(scratch, "done", 20_000)
-    fill(scratch, "pending", 5_000, 100)
-    tracemalloc.start()
-    try:
+    with little_memory(200_000):
         assert q.counts()["done"] == 20_000
-        assert tracemalloc.get_traced_memory()[1] < 200_000
-    finally:
-        tracemalloc.stop()
-    listed: list[str] = []
-    ids = q.ids("pending")
-    assert calls_of(lambda: next(ids), listed) and len(listed) <= 3
-    assert len(list(ids)) == 4_999
-
-
-def test_many_that_come_back_leave_the_shared_bucket_small(directory: Path, clock: Time) -> None:
-    """Pushing and retrying by turns, over two periods, puts no more than 1,000 into one directory."""
-    q = FemtoQueue(directory, "node")
-    q.push(b"old")
-    clock.advance(2_000)
-    for _ in range(1_200):
-        q.push(b"new")
-        task = q.pop()
-        assert task.data == b"old"
-        q.retry(task)
-    sizes = [len(os.listdir(path)) for path in (directory / "pending").iterdir()]
-    assert sum(sizes) == 1_201 and max(sizes) <= 1_000
+    listed.clear()
+    assert calls_of(lambda: next(q.ids("pending")), listed) and len(listed) <= 3
 
 
 def test_a_gigabyte_goes_through_in_32_megabytes(places: list[Path]) -> None:
-    """push_file, pop and task.path, and the command push, stream: 1 GiB in 32 MB of memory."""
+    """push_file, pop and task.path stream: 1 GiB in 32 MB of memory."""
     code = """
 os.chdir(sys.argv[1])
 with open("file", "wb") as file:
@@ -4666,10 +4629,6 @@ task = q.pop()
 with open(task.path, "rb") as file:
     assert sum(map(len, iter(lambda: file.read(1 << 20), b""))) == 1 << 30
 q.done(task)
-os.truncate("file", 100 << 20)
-os.dup2(os.open("file", os.O_RDONLY), 0)
-femtoqueue.main(["big", "push"])
-assert os.path.getsize(q.pop().path) == 100 << 20
 # Not ru_maxrss: that begins with what the parent had when it forked.
 print(next(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM")))
 """
@@ -4678,12 +4637,11 @@ print(next(line.split()[1] for line in open("/proc/self/status") if line.startsw
 
 def test_the_module_imports_little() -> None:
     """import femtoqueue: what only the command line, a warning or waiting needs is left out."""
-    path = f"sys.path.insert(0, {str(MODULE.parent)!r})"
-    code = f"import sys; {path}; import femtoqueue; print(*sys.modules)"
-    done = subprocess.run([sys.executable, "-I", "-S", "-c", code], capture_output=True, check=True)
-    costly = {"argparse", "logging", "typing", "dataclasses", "re", "datetime", "json", "hashlib"}
-    costly |= {"subprocess", "signal", "queue", "inspect", "tempfile", "enum", "random", "uuid"}
-    assert not (costly | {"ctypes", "select", "threading"}) & set(done.stdout.decode().split())
+    code = f"import sys; sys.path.insert(0, {str(MODULE.parent)!r}); import femtoqueue; print(*sys.modules)"
+    costly = (
+        "argparse logging typing dataclasses re datetime json subprocess signal queue ctypes threading"
+    )
+    assert not {*costly.split()} & {*execute(sys.executable, "-ISc", code).split()}
 
 
 # ====================================================================================================
@@ -4694,34 +4652,26 @@ def test_the_module_imports_little() -> None:
 class Shell:
     """Runs `python femtoqueue.py DIR ...` as a user would."""
 
-    def __init__(self, directory: Path, guard: Callable[[Process], Process] = lambda p: p) -> None:
-        self.command = [sys.executable, str(MODULE), str(directory)]
-        self.guard = guard
+    def __init__(self, directory: Path, guard: Callable[[Process], Process]) -> None:
+        self.command, self.guard = [sys.executable, str(MODULE), str(directory)], guard
 
     def __call__(
         self, *arguments: object, stdin: bytes = b"", status: int = 0, **variables: str
     ) -> list[str]:
-        """Run a command; return the lines it printed, or if `status` is an error, its complaint."""
-        done = subprocess.run(
-            [*self.command, *map(str, arguments)],
-            input=stdin,
-            capture_output=True,
-            env=os.environ | variables,
-            timeout=60,
-        )
+        """Run a command; return the lines it printed, and if `status` is an error, its complaint."""
+        command, env = [*self.command, *map(str, arguments)], os.environ | variables
+        done = subprocess.run(command, input=stdin, capture_output=True, env=env, timeout=60)
         complaint = done.stderr.decode()
-        assert done.returncode == status, complaint
-        assert "Traceback" not in complaint
-        if status:
-            return [*done.stdout.decode().splitlines(), complaint]
-        assert not complaint
-        return done.stdout.decode().splitlines()
+        assert done.returncode == status and "Traceback" not in complaint, complaint
+        assert status or not complaint
+        return done.stdout.decode().splitlines() + [complaint] * bool(status)
 
     def start(self, *arguments: object, under: str = "") -> Process:
         """Start a command in a process group of its own, as a shell does, by way of another one."""
-        pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+        options: dict[str, Any] = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
         command = [*under.split(), *self.command, *map(str, arguments)]
-        return self.guard(subprocess.Popen(command, text=True, start_new_session=True, **pipes))
+        # In a session of its own, Ctrl-Z would stop nobody.
+        return self.guard(subprocess.Popen(command, text=True, **options | {"preexec_fn": os.setpgrp}))
 
 
 @pytest.fixture
@@ -4742,66 +4692,32 @@ def test_cli_push_and_list(directory: Path, tmp_path: Path, shell: Shell) -> Non
     assert str(tmp_path / "missing") in complaint
     assert shell("list", "pending") == [*ids, id]
     assert drained(FemtoQueue(directory, "node")) == [b"from standard input\n", b"a", b"\xff\0", b"a"]
-    assert shell("list", "done") == [*ids, id]
     assert shell("list", "pending", status=1) == [""]
 
 
 # A command, and what its complaint says.
 WRONG_USAGE = {
-    "": "required: COMMAND",
     "nonsense": "invalid choice",
-    "status --nonsense": "unrecognized",
-    "list": "required: state",
     "list creating": "invalid choice",
     "cancel": "required: ID",
-    "requeue": "required: ID",
-    "run": "required",
     "run --max-attempts 0 -- true": "max_attempts",
-    "run --max-attempts many -- true": "invalid int",
     "run -- no-such-command": "no-such-command",
     "purge in_progress 1d": "invalid choice",
-    "purge done": "required: age",
     "purge done yesterday": "no length of time",
-    "purge done -1d": "",
-    "schedule": "required: when",
-    "schedule ": "no time",
 }
-NO_TIMES = """tomorrow + +m +10 +10x +-1m +nans +infd +1e300d +1e15d +inf +999999d 1 1790000000 2030-13-01
-    2030-01-01T25:00 Z 0001-01-01 9999-12-31T23:59:59+00:00 9999-12-31T23:59:59"""
-for when in NO_TIMES.split():
-    WRONG_USAGE[f"schedule {when}"] = f"{when[1:]!r} is no length of time" * when.startswith("+")
+NO_TIMES = "+ +10 +10x +-1m +nans +infd +1e300d tomorrow 1790000000 Z 0001-01-01 9999-12-31T23:59:59"
+WRONG_USAGE |= {f"schedule {when}": when[1:] * when.startswith("+") for when in NO_TIMES.split()}
 
 
 @pytest.mark.parametrize("command", WRONG_USAGE)
 def test_cli_wrong_usage(directory: Path, shell: Shell, command: str) -> None:
-    """Wrong usage is exit status 2, a line that says what is wrong, and no change: no attempt is used.
-
-    So is a time that is none, in every time zone.
-    """
+    """Wrong usage is exit status 2, a line that says what is wrong, and no change: no attempt is used."""
     FemtoQueue(directory, "node").push(b"x")
     before = snapshot(directory)
-    for zone in ("JST-9", "EST5") if "9999" in command or "0001" in command else ("UTC",):
-        out = shell(*command.split(" ") if command else (), stdin=b"x", status=2, TZ=zone)
-        assert len(out) == 1 and out[0].startswith("usage: ")
-        assert WRONG_USAGE[command] in out[0].splitlines()[-1]
+    zone = "JST-9" if "0001" in command else "EST5"  # at either end of time
+    [out] = shell(*command.split(), stdin=b"x", status=2, TZ=zone)
+    assert out.startswith("usage: ") and WRONG_USAGE[command] in out.splitlines()[-1]
     assert snapshot(directory) == before
-
-
-@pytest.mark.parametrize("made_by", ["nobody", "the original"])
-@pytest.mark.parametrize(
-    "command", ["status", "list done", "cancel x", "requeue x", "purge done 0s", "schedule 0001-01-01"]
-)
-def test_cli_where_there_is_no_queue(tmp_path: Path, command: str, made_by: str) -> None:
-    """Where there is none, or one of the original, looking says so, exits with 1, changes nothing."""
-    if made_by == "the original":
-        original = Original(tmp_path / "queue", "scheduled", "node-1")
-        for state in ("pending", "node-1"):
-            original.add(state, 1_790_000_000_000_000, b"x")
-    before = snapshot(tmp_path, times=True)
-    wrong = command == "schedule 0001-01-01"
-    *out, complaint = Shell(tmp_path / "queue")(*command.split(), status=2 if wrong else 1)
-    assert out == [] and (wrong or str(tmp_path / "queue") in complaint)
-    assert snapshot(tmp_path, times=True) == before
 
 
 # What a shell makes of it ("$@" is `femtoqueue.py DIR`), and what the complaint says.
@@ -4810,23 +4726,24 @@ COMPLAINTS = {
     '"$@" list failed >/dev/full': "No space left",
     'PYTHONIOENCODING=ascii "$@" list failed --reasons': "codec can't encode",
     '"$@" push <&-': "standard input",
-    '"$@" schedule +1m <&-': "standard input",
 }
+COMPLAINTS |= {f'"$@"-none {what}': "-none" for what in ("status", "list done", "cancel x")}
 
 
-@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="there is no /dev/full")
 @pytest.mark.parametrize("line", COMPLAINTS)
 def test_cli_what_fails_says_so(directory: Path, shell: Shell, line: str) -> None:
-    """What fails is exit status 1 and one line that says what, and neither silence nor a traceback."""
+    """What fails is exit status 1 and one line that says what, and neither silence nor a traceback.
+
+    Where there is no queue, looking makes none.
+    """
     q = FemtoQueue(directory, "node")
     q.push(b"x")
     q.fail(q.pop(), "caf\u00e9")
-    done = subprocess.run(["sh", "-c", line.replace('"$@"', '"$0" "$@"'), *shell.command],
-                          capture_output=True, text=True, timeout=30)  # fmt: skip
-    assert done.returncode == 1
+    command = ["sh", "-c", line.replace('"$@"', '"$0" "$@"'), *shell.command]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=30)
+    assert done.returncode == 1 and q.join(0) and len(os.listdir(directory.parent)) == 1
     assert COMPLAINTS[line] in done.stderr and "Traceback" not in done.stderr
     assert done.stderr.count("\n") == 1 or "/dev/full" in line  # where the interpreter has a say
-    assert q.join(0)
 
 
 def test_cli_status(directory: Path, shell: Shell) -> None:
@@ -4844,65 +4761,45 @@ def test_cli_status(directory: Path, shell: Shell) -> None:
     oldest = {row["state"]: row["oldest_s"] for row in report["states"]}
     assert 0 <= oldest["pending"] <= oldest["in_progress"] < 60
     assert oldest["scheduled"] < 0 and oldest["done"] is None
-    claims = {claim["id"]: claim for claim in report["claims"]}
-    assert {id: (c["attempt"], c["node_id"], c["alive"]) for id, c in claims.items()} == {
-        gone: (1, "gone", "no"),
-        mine: (1, "node-7", "yes"),
-    }
-    for claim in claims.values():
+    claims = {c["id"]: (c["attempt"], c["node_id"], c["alive"]) for c in report["claims"]}
+    assert claims == {gone: (1, "gone", "no"), mine: (1, "node-7", "yes")}
+    for claim in report["claims"]:
         assert 0 <= claim["since_s"] < 30 and 29 < claim["since_s"] + claim["lease_left_s"] < 31
-    lines = shell("status")
-    rows = [line.split() for line in lines]
-    assert rows[0] == ["state", "count", "oldest"] and rows[4] == ["done", "0", "-"]
-    assert [row[:2] for row in rows[2:4]] == [["pending", "2"], ["in_progress", "2"]]
-    assert rows[7:9] == [[], ["id", "attempt", "node_id", "pid", "alive", "since", "lease_left"]]
-    assert [mine, "1", "node-7", str(os.getpid()), "yes"] in [row[:5] for row in rows]
-    for block in (lines[:7], lines[8:]):
-        assert len({line.index(line.split()[1], len(line.split()[0])) for line in block}) == 1, (
-            "aligned"
-        )
+    text = re.sub(" +", " ", "\n".join(shell("status")))
+    assert text.startswith("state count oldest\n") and "\ndone 0 -\n" in text
+    assert "\n\nid attempt node_id pid alive since lease_left\n" in text
+    assert f"\n{mine} 1 node-7 {os.getpid()} yes " in text
 
 
-def test_cli_watch_ends_at_ctrl_c(shell: Shell) -> None:
-    """status --watch repeats itself; Ctrl-C ends it as it ends other tools: by the signal, quietly."""
-    shell("push", stdin=b"x")
+def test_cli_looking_ends_quietly(directory: Path, shell: Shell) -> None:
+    """status --watch ends at Ctrl-C, by the signal; `list | head` when its reader has seen enough."""
+    for n in range(3_000):
+        put(directory / "done" / f"{n:016d}_{'x' * 100}")
     process = shell.start("status", "--watch")
     expect(process, "state        count  oldest")
     os.killpg(process.pid, signal.SIGINT)
     out, status = ending(process)
     assert status == -signal.SIGINT and "Traceback" not in out and "KeyboardInterrupt" not in out
+    listed = execute("sh", "-c", '"$@" list done | head -1', "-", *shell.command)
+    assert listed == "0000000000000000_" + "x" * 100 + "\n"
 
 
-def test_cli_list_into_head_is_quiet(directory: Path, shell: Shell) -> None:
-    """A reader that has seen enough ends the command without a word."""
-    FemtoQueue(directory, "node").close()
-    for n in range(3_000):
-        put(directory / "done" / f"{n:016d}_{'x' * 100}")
-    done = executed("sh", "-c", '"$@" list done | head -1', "-", *shell.command)
-    assert (done.returncode, done.stdout) == (0, "0000000000000000_" + "x" * 100 + "\n")
-
-
-DUE_S = {
-    "+90s": 90,
-    "+10m": 600,
-    "+1.5h": 5_400,
-    "+2d": 172_800,
-    "2030-01-01T12:00:00Z": 1_893_499_200.0,
-    "2030-01-01T12:00:00+02:00": 1_893_492_000.0,
-    "2030-01-01 12:00": 1_893_517_200.0,
-    "2030-07-01": 1_909_108_800.0,
-    "2030-01-01Z": 1_893_456_000.0,
-}
-
-
-@pytest.mark.parametrize("when", DUE_S)
-def test_cli_schedule(directory: Path, shell: Shell, when: str) -> None:
+@pytest.mark.parametrize(
+    ("when", "due_s"),
+    [
+        ("+1.5h", 5_400),
+        ("2030-01-01T12:00:00Z", 1_893_499_200),
+        ("2030-01-01T12:00:00+02:00", 1_893_492_000),
+        ("2030-07-01", 1_909_108_800),
+    ],
+)
+def test_cli_schedule(directory: Path, shell: Shell, when: str, due_s: int) -> None:
     """WHEN is a wait, or an ISO time: of its own zone, UTC for Z, or local, summer time included."""
     before_s = time.time() if when.startswith("+") else 0
     (id,) = shell("schedule", when, stdin=b"x", TZ="EST5EDT,M3.2.0,M11.1.0")
     assert shell("list", "scheduled") == [id]
-    due_s = int(names(directory, "scheduled")[0][-16:]) / 1e6
-    assert -0.001 <= due_s - before_s - DUE_S[when] <= (30 if before_s else 0)
+    found_s = int(names(directory, "scheduled")[0][-16:]) / 1e6
+    assert -0.001 <= found_s - before_s - due_s <= (30 if before_s else 0)
 
 
 def test_cli_cancel_requeue_purge(directory: Path, shell: Shell) -> None:
@@ -4923,47 +4820,29 @@ def test_cli_cancel_requeue_purge(directory: Path, shell: Shell) -> None:
         assert complaint.startswith(f"femtoqueue: {ids[3]} is in_progress, not ")
     assert shell("requeue", ids[2], later) == []
     assert list(q.ids("pending")) == [ids[2], later]
-    assert shell("purge", "pending", "1h", status=1)[0] == "0"
-    assert shell("purge", "pending", "0s") == ["2"]
-    assert shell("purge", "pending", "0s", status=1)[0] == "0"
+    for age, count in {"1h": 0, "0s": 2}.items():
+        assert shell("purge", "pending", age, status=not count)[0] == str(count)
 
 
 # --- run: a command for each task -------------------------------------------------------------------
 
 
 def test_cli_run_hands_each_payload_to_a_command(directory: Path, tmp_path: Path, shell: Shell) -> None:
-    """run gives the payload on standard input, and id, attempt and path in the environment."""
+    """run gives the payload on standard input, and id, attempt and path in the environment.
+
+    What follows the command is the command's own, also without --, and even if we have the like.
+    """
     payload = bytes(range(256)) * 10_000
     (id,) = shell("push", stdin=payload)
-    script = 'echo "$1 $FEMTOQUEUE_ID $FEMTOQUEUE_ATTEMPT"; cat >in; cat "$FEMTOQUEUE_PATH" >path'
-    script = f"cd {shlex.quote(str(tmp_path))}; {script}"
+    script = f'cd {shlex.quote(str(tmp_path))}; cat >in; cat "$FEMTOQUEUE_PATH" >path; '
+    script += 'echo "$1 $FEMTOQUEUE_ID $FEMTOQUEUE_ATTEMPT"'
     assert shell("run", "--until-empty", "--", "sh", "-c", script, "--", "-- x") == [f"-- x {id} 1"]
     assert (tmp_path / "in").read_bytes() == (tmp_path / "path").read_bytes() == payload
     assert shell("list", "done") == [id]
     assert shell("run", "--until-empty", "--", "true", status=1) == [""]
-
-
-@pytest.mark.parametrize(
-    ("arguments", "printed"),
-    [
-        ("--until-empty -- grep -- -x", "-x"),
-        ("--until-empty cat -n", "     1\t-x"),
-        ("--until-empty --max-attempts 2 sed s/x/y/", "-y"),
-        ("--until-empty echo --until-empty -h --", "--until-empty -h --"),
-        ("cat -n", "     1\t-x"),
-        ("-- echo - -- -y", "- -- -y"),
-    ],
-)
-def test_cli_run_takes_options_of_the_command(shell: Shell, arguments: str, printed: str) -> None:
-    """What follows the command is the command's own, also without --, and even if we have the like."""
-    (id,) = shell("push", stdin=b"-x\n")
-    process = shell.start("run", *arguments.split())
-    expect(process, printed)
-    stays = "--until-empty" not in arguments
-    if stays:
-        process.terminate()
-    assert ending(process) == ("", -signal.SIGTERM if stays else 0)
-    assert shell("list", "done") == [id]
+    for words in ("echo --until-empty -h --", "-- echo -"):
+        shell("push", stdin=b"x")
+        assert shell("run", "--until-empty", *words.split()) == [words.partition("echo ")[2]]
 
 
 @pytest.mark.parametrize("under", ["", "env --ignore-signal=CHLD"], ids=["", "SIGCHLD ignored"])
@@ -4975,39 +4854,37 @@ def test_cli_run_takes_the_exit_status_as_the_verdict(
     What is retried is logged. --max-attempts N: the Nth failure is the last. The exit status is kept
     as text beside the failed task, and shown by list.
     """
-    verdicts = {b"true": "done", b"exit 100": "failed"}
-    verdicts |= dict.fromkeys((b"exit 7", b"exit 99", b"exit 101", b"kill -9 $$"), "scheduled")
+    scripts = {b"true": "done", b"exit 100": "failed"}
+    scripts |= dict.fromkeys((b"exit 7", b"exit 99", b"exit 101", b"kill -9 $$"), "scheduled")
     q = FemtoQueue(directory, "node")
-    ids = dict(zip(verdicts, q.push_many(verdicts), strict=True))
+    _, failed, again, *_, dead = ids = q.push_many(scripts)
     out, status = ending(shell.start("run", "--until-empty", "--", "sh", under=under))
-    assert {script: q.status(id) for script, id in ids.items()} == verdicts and status == 0
-    said = {id: line for line in out.splitlines() for id in ids.values() if id in line}
-    assert [*said] == [id for script, id in ids.items() if verdicts[script] != "done"]
-    assert all(line.startswith("femtoqueue: ") for line in out.splitlines())
-    assert "exit status 7" in said[ids[b"exit 7"]] and "exit status -9" in said[ids[b"kill -9 $$"]]
-    id, again = ids[b"exit 100"], ids[b"exit 7"]
+    assert [q.status(id) for id in ids] == [*scripts.values()] and status == 0
+    said = dict(line.removeprefix("femtoqueue: ").split(":", 1) for line in out.splitlines())
+    assert [*said] == ids[1:] and "status 7" in said[again] and "status -9" in said[dead]
     shell("requeue", again)
-    shell("purge", "scheduled", "0s")
-    options = ("--until-empty", "--max-attempts", "2")
-    out, status = ending(shell.start("run", *options, "--", "sh", under=under))
+    command = ["run", "--until-empty", "--max-attempts", 2, "--", "sh"]
+    out, status = ending(shell.start(*command, under=under))
     assert again in out and status == 1
-    assert shell("list", "failed") == [id, again]
-    assert files(directory / "failed") == [id, f"{id}~reason", again, f"{again}~reason"]
-    assert (directory / "failed" / f"{id}~reason").read_text() == "sh: exit status 100"
-    assert (directory / "failed" / id).read_bytes() == b"exit 100"
+    assert (directory / "failed" / f"{failed}~reason").read_text() == "sh: exit status 100"
     shown = shell("list", "failed", "--reasons")
-    assert shown[0] == f"{id}  sh: exit status 100" and shown[1].endswith("sh: exit status 7")
+    assert shown[0] == f"{failed}  sh: exit status 100"
+    assert shown[1].startswith(again) and shown[1].endswith("sh: exit status 7")
 
 
 BEGUN = ("sh", "-c", 'echo begun; cat "$1" "$FEMTOQUEUE_PATH"', "-")
 
 
 def test_cli_run_path_outlives_a_renewed_lease(directory: Path, tmp_path: Path, shell: Shell) -> None:
-    """FEMTOQUEUE_PATH opens the payload even after the claim was renamed by a touch."""
+    """FEMTOQUEUE_PATH opens the payload even after the claim was renamed by a touch.
+
+    Ctrl-Z stops neither the command nor who renews its lease.
+    """
     (id,) = shell("push", stdin=b"payload")
     os.mkfifo(tmp_path / "go")
     process = shell.start("run", "--until-empty", "--", *BEGUN, tmp_path / "go")
     expect(process, "begun")
+    os.killpg(process.pid, signal.SIGTSTP)
     (claim,) = (directory / "in_progress").rglob(f"{id}*")
     FemtoQueue(directory, "node").touch(FemtoTask(id, b"", 1, str(claim)))
     assert not claim.exists()
@@ -5016,127 +4893,73 @@ def test_cli_run_path_outlives_a_renewed_lease(directory: Path, tmp_path: Path, 
     assert shell("list", "done") == [id]
 
 
-# --- run trusts no inherited state ------------------------------------------------------------------
-
-SIGNALS = pytest.mark.parametrize(
-    "number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT], ids=lambda n: n.name
-)
+SIGNALS = pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT"])
 
 
 @SIGNALS
 @pytest.mark.parametrize("before", ["default", "block", "ignore"])
 def test_cli_run_ends_by_the_signal_after_the_command(
-    directory: Path, tmp_path: Path, shell: Shell, number: signal.Signals, before: str
+    directory: Path, tmp_path: Path, shell: Shell, name: str, before: str
 ) -> None:
     """A signal, though the parent blocked it, lets the command finish; the exit status is its own.
 
     What was ignored before (nohup, or a background job of a script) stays ignored.
     """
-    ids = [shell("push", stdin=data)[0] for data in (b"x", b"y")]
-    go = tmp_path / "go"
-    os.mkfifo(go)
-    until_empty = ["--until-empty"] * (before != "default")
-    under = f"env --{before}-signal={number.name[3:]}"
-    process = shell.start("run", *until_empty, "--", *BEGUN, go, under=under)
+    ids = [shell("push", stdin=data)[0] for data in (b"x", b"y")[: 1 + (before == "ignore")]]
+    os.mkfifo(tmp_path / "go")
+    under, number = f"env --{before}-signal={name[3:]}", getattr(signal, name)
+    process = shell.start("run", "--until-empty", "--", *BEGUN, tmp_path / "go", under=under)
     expect(process, "begun")
     os.killpg(process.pid, number)
-    go.write_text("finished ")
-    if before == "ignore":
+    (tmp_path / "go").write_text("finished ")
+    if ids[1:]:
         expect(process, "finished xbegun")
-        os.killpg(process.pid, number)
-        go.write_text("finished ")
-    handled, end = (2, ("finished y", 0)) if before == "ignore" else (1, ("finished x", -number))
-    assert ending(process) == end
-    assert [*FemtoQueue(directory, "node").ids("done")] == ids[:handled]
+        (tmp_path / "go").write_text("finished ")
+    assert ending(process) == (("finished y", 0) if ids[1:] else ("finished x", -number))
+    assert [*FemtoQueue(directory, "node").ids("done")] == ids
 
 
 @SIGNALS
-def test_cli_a_second_signal_ends_the_command(shell: Shell, number: int) -> None:
+def test_cli_a_second_signal_ends_the_command(shell: Shell, name: str) -> None:
     """A second signal kills the command and its children, gives the task back, and ends run itself."""
     (id,) = shell("push", stdin=b"x")
     # Both children hold standard output: its end is theirs.
     process = shell.start("run", "--", "sh", "-c", "sleep 60 & echo begun; sleep 60")
     expect(process, "begun")
     while process.poll() is None:
-        os.killpg(process.pid, number)  # one that comes too soon after another is the same
+        os.killpg(
+            process.pid, getattr(signal, name)
+        )  # one that comes too soon after another is the same
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(0.1)
-    assert ending(process) == ("", -number)
+    assert ending(process) == ("", -getattr(signal, name))
     assert shell("list", "pending") == [id]
 
 
-def test_cli_run_hands_no_strange_state_to_the_command(shell: Shell) -> None:
-    """The command begins with no signal blocked, and neither SIGCHLD nor SIGPIPE ignored."""
-    shell("push", stdin=b"x")
-    shell.command[:0] = ["env", "--ignore-signal=CHLD,PIPE", "--block-signal=TERM,QUIT,CHLD"]
-    lines = shell("run", "--until-empty", "--", "grep", "-E", "^Sig(Blk|Ign)", "/proc/self/status")
-    blocked, ignored = [int(line.split()[1], 16) for line in lines]
-    assert not blocked and not ignored & (1 << signal.SIGCHLD - 1 | 1 << signal.SIGPIPE - 1)
-
-
-@pytest.mark.parametrize("under", ["env --ignore-signal=PIPE", "env --default-signal=PIPE"])
-@pytest.mark.parametrize("closed", ["", "2>&-"], ids=["a closed pipe", "closed"])
-def test_cli_run_outlives_its_log(directory: Path, shell: Shell, under: str, closed: str) -> None:
+def test_cli_run_outlives_its_log(directory: Path, shell: Shell) -> None:
     """A closed log kills no worker: a command that fails is retried, and the next task is done."""
     ids = [shell("push", stdin=script)[0] for script in (b"exit 1", b"echo done")]
-    line = shlex.join([*under.split(), *shell.command, "run", "--until-empty", "--", "sh"])
-    reader, writer = os.pipe()
-    os.close(reader)
-    with os.fdopen(writer) as log:
-        command = ["sh", "-c", f"exec {line} {closed}"]
-        worker = subprocess.run(command, stdout=subprocess.PIPE, stderr=log, timeout=20)
-    assert (worker.stdout, worker.returncode) == (b"done\n", 0)
+    process = shell.start("run", "--until-empty", "--", "sh", under="env --default-signal=PIPE")
+    process.stderr.close()
+    assert ended(process) == ("done\n", 0)
     assert [FemtoQueue(directory, "node").status(id) for id in ids] == ["scheduled", "done"]
-
-
-@pytest.mark.skipif(not os.path.exists("/proc/self/stat"), reason="it is read from /proc")
-def test_cli_ctrl_z_stops_run_and_the_command_or_neither(tmp_path: Path, shell: Shell) -> None:
-    """At Ctrl-Z the command does not work on while nobody renews its lease; with fg it is finished."""
-
-    def stopped(*pids: int) -> list[bool]:
-        states = [Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] for pid in pids]
-        return [state == "T" for state in states]
-
-    (id,) = shell("push", stdin=b"x")
-    os.mkfifo(tmp_path / "go")
-    # Not a session of its own: there, Ctrl-Z would stop nobody.
-    options: dict[str, Any] = {"stdin": -1, "stdout": -1, "text": True, "preexec_fn": os.setpgrp}
-    script = 'echo $$; read line <"$1"; echo $line'
-    command = [*shell.command, "run", "--until-empty", "--", "sh", "-c", script, "-", tmp_path / "go"]
-    process = shell.guard(subprocess.Popen([*map(str, command)], **options))
-    assert process.stdout
-    pid = int(process.stdout.readline())
-    os.killpg(process.pid, signal.SIGTSTP)
-    becomes([True, True], lambda: stopped(process.pid, pid), seconds=2)
-    assert len({*stopped(process.pid, pid)}) == 1, "the command works on"
-    os.killpg(process.pid, signal.SIGCONT)
-    (tmp_path / "go").write_text("finished\n")
-    assert (process.stdout.read(), process.wait(15)) == ("finished\n", 0)
-    assert shell("list", "done") == [id]
 
 
 # ====================================================================================================
 # README
 # ====================================================================================================
 
-# How each fenced block of README is run is told by its language:
+# Each fenced block of README is run as its language says, in an empty directory that has femtoqueue.py. It
+# must end with exit status 0, and say nothing on standard error.
 #
-#   python, sh       as it stands, in an empty directory that has femtoqueue.py, as a user pastes it
-#   crontab          the command of its last line; /srv/myapp is that directory, `queue` has a task, and
-#                    ./handle appends what it reads to `handled`
-#   ini              a systemd unit: its ExecStart likewise, then SIGTERM
-#   none, text, mermaid   not at all; another one is an error, so that nothing is untested by mistake
+#   python, sh    as it stands; with `kill -9`, it must print each attempt
+#   crontab       the command of its last line; /srv/myapp is that directory, `queue` has a task, and
+#                 ./handle appends what it reads to `handled`
+#   ini           a systemd unit: its ExecStart likewise, ended by SIGTERM
 #
-# All must end with exit status 0 and nothing on standard error (ini: by the SIGTERM). A block with
-# `kill -9` must print each attempt. An HTML comment on a line of its own before a block changes that:
-#
-#   <!-- test: not run, WHY -->   Python and sh are only compiled, the rest is left alone (no network)
-#   <!-- test: original -->       `old_queue` is a directory of the original's, 0.4; what was unfinished
-#                                 there is in `my_queue` afterwards, in order
-
-
+# <!-- test: not run, WHY --> before a block: it is only compiled. <!-- test: original -->: `old_queue` is
+# a directory of the original's, 0.4; what was unfinished there is in `my_queue` afterwards, in order.
 PAGE = README.read_text(encoding="utf-8") if README.exists() else ""
-# Each block: what its comment says, its indentation, language, text.
 BLOCKS = re.findall(
     r"^(?: *<!-- test: ([^\n]+?) -->\n\n?)?( *)```(\w*)\n(.*?)^\2```$", PAGE, re.MULTILINE | re.DOTALL
 )
@@ -5144,11 +4967,10 @@ BLOCKS = re.findall(
 
 @pytest.fixture
 def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A project as the recipes assume it: femtoqueue.py copied there, the script installed."""
+    """A project as the recipes assume it: femtoqueue.py was copied there."""
     shutil.copy(MODULE, tmp_path)
     for name, command in {
         "bin/python3": f'exec {sys.executable} "$@"',
-        "bin/femtoqueue": f'exec {sys.executable} {tmp_path}/femtoqueue.py "$@"',
         "handle": "cat >> handled",
     }.items():
         put(tmp_path / name, f"#!/bin/sh\n{command}\n".encode()).chmod(0o755)
@@ -5165,21 +4987,16 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         if block[2] not in ("", "text", "mermaid")
     ],
 )
-def test_readme_runs(project: Path, test: str, indent: str, language: str, text: str) -> None:
+def test_readme_runs(
+    project: Path, guard: Callable[[Process], Process], test: str, indent: str, language: str, text: str
+) -> None:
     """Every example on the page runs as it stands, and has nothing to complain about."""
     text = re.sub(f"^{indent}", "", text, flags=re.MULTILINE)
-    commands = {
-        "python": [sys.executable, "recipe.py"],
-        "sh": ["sh", "-eu", "-c", text],
-        "crontab": ["sh", "-c", text.split(maxsplit=5)[-1].replace("/srv/myapp", str(project))],
-    }
     if test.startswith("not run, "):
-        if language == "python":
-            compile(text, "README.md", "exec")
-        elif language == "sh":
-            execute("sh", "-n", "-c", text)
+        assert language == "python"
+        compile(text, "README.md", "exec")
         return
-    assert test in ("", "original") and language in {*commands, "ini"}
+    assert test in ("", "original")
     if test == "original":
         old = Original(project / "old_queue", "scheduled", "node-1")
         for number, state in enumerate(("node-1", "pending", "scheduled", "pending", "done", "failed")):
@@ -5187,10 +5004,18 @@ def test_readme_runs(project: Path, test: str, indent: str, language: str, text:
     if language in ("crontab", "ini"):
         FemtoQueue("queue", "node").push(b"payload\n")
     if language == "ini":
-        run_unit(text)
+        command = re.findall("ExecStart=/usr/bin/(.*)", text)[0].split()
+        process = guard(subprocess.Popen(command, text=True))
+        assert FemtoQueue("queue", "node").join(timeout=20)
+        process.terminate()
+        assert process.wait(20) == -signal.SIGTERM  # which systemd takes for a clean end
     else:
-        put(project / "recipe.py", text.encode())
-        done = subprocess.run(commands[language], capture_output=True, text=True, timeout=60)
+        command = {
+            "python": [sys.executable, put(project / "recipe.py", text.encode())],
+            "sh": ["sh", "-euc", text],
+            "crontab": ["sh", "-c", text.split(maxsplit=5)[-1].replace("/srv/myapp", str(project))],
+        }[language]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60)
         assert (done.returncode, done.stderr) == (0, "")
         if "kill -9" in text:
             assert done.stdout.splitlines()[1:] == ["hello", "attempt 1", "hello", "attempt 2"]
@@ -5200,52 +5025,26 @@ def test_readme_runs(project: Path, test: str, indent: str, language: str, text:
         assert (project / "handled").read_text() == "payload\n"
 
 
-def run_unit(unit: str) -> None:
-    """Do what systemd does with a service: start it, and stop it by SIGTERM to the main process."""
-    unit_of = dict(line.split("=", 1) for line in unit.splitlines() if "=" in line)
-    assert unit_of["WorkingDirectory"] == "/srv/myapp" and unit_of["KillMode"] == "mixed"
-    program, *arguments = shlex.split(unit_of["ExecStart"])
-    with subprocess.Popen([os.path.basename(program), *arguments]) as process:
-        try:
-            assert FemtoQueue("queue", "node").join(timeout=20)
-        finally:
-            process.terminate()
-        assert process.wait(20) == -signal.SIGTERM  # which systemd takes for a clean end
-
-
 def test_readme_names_what_exists() -> None:
-    """Calls, arguments, states, commands, options, links, files and variables on the page are there."""
+    """Calls, arguments, links, files and tests on the page are there; each promise names its test."""
     # What was promised is there: a worker is killed, and the original's tasks are moved over.
-    assert [text for test, _, _, text in BLOCKS if "kill -9" in text and not test]
-    assert "original" in {test for test, *_ in BLOCKS}
-
-    # Python
-    called = set(re.findall(r"\bq\.(\w+)\(", PAGE))
-    assert len(called) > 10 and called <= {*dir(FemtoQueue)}
+    assert "kill -9" in PAGE and "original" in {test for test, *_ in BLOCKS}
+    assert set(re.findall(r"\bq\.(\w+)\(", PAGE)) <= {*dir(FemtoQueue)}
     for call in re.findall(r"FemtoQueue\(([^()]*)\)", PAGE):
         assert {*re.findall(r"(\w+)=", call)} <= {*inspect.signature(FemtoQueue).parameters}
-    states = set(re.findall(r"(?:ids|purge|counts\(\))[(\[]\"(\w+)\"", PAGE))
-    assert states and states <= set(STATES)
 
-    # Links, files, variables
     headings = re.findall(r"(?m)^#+ (.+)$", re.sub(r"(?ms)^```.*?^```", "", PAGE))
     anchors = {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
-    anchors |= set(re.findall(r"<a (?:id|name)=\"([^\"]+)\"", PAGE))
     for target in re.findall(r"\]\(([^)\s]+)\)|(?:src|href)=\"([^\"]+)\"", PAGE):
         path, _, anchor = "".join(target).partition("#")
         if not path.startswith(("http:", "https:")):
             assert (HERE / path).exists() and (path or anchor in anchors), target
-    code = MODULE.read_text(encoding="utf-8") + Path(__file__).read_text(encoding="utf-8")
-    words = re.findall(r"\bFEMTOQUEUE_[A-Z]+\b|(?<= -k )\w+", PAGE)
-    assert not [word for word in words if word not in code]
 
-    # Each test that is named is here, and each promise has one.
     named = set(re.findall(r"\b(?:test_[a-z_]+|Test[A-Z]\w+)", PAGE)) - {"test_femtoqueue"}
     assert named <= globals().keys()
-    promises = PAGE.partition("under the heading with its number")[2].partition("\n## ")[0]
+    promises = PAGE.partition("\n## Promises\n")[2].partition("\n## ")[0]
     items = re.split(r"^(?=\d+\. )", promises, flags=re.MULTILINE)[1:]
-    assert [item.partition(".")[0] for item in items] == [str(number) for number in range(1, 11)]
-    assert all("test_" in item or "Test" in item for item in items)
+    assert len(items) == 10 and all("test_" in item or "Test" in item for item in items)
 
 
 # ====================================================================================================
@@ -5254,48 +5053,27 @@ def test_readme_names_what_exists() -> None:
 
 # A folder with scripts that start, break and stop each of these; the tests are skipped without it.
 TOOLS = Path(os.environ.get("FEMTOQUEUE_MACHINES", "nowhere"))
-PROGRAMS = {
-    "NFS": ("nfs", "linux.uml", "mount.nfs", "rpc.nfsd"),
-    "GlusterFS": ("gluster", "glusterd", "glusterfs"),
-    "CephFS": ("ceph", "ceph-mon", "ceph-mds", "ceph-fuse"),
+# How its scripts are called, what must be installed, and what takes servers, or their answers, away.
+CLUSTERS = {
+    "NFS": ("nfs", "linux.uml rpc.nfsd", "stop s1, start s1", "mute s1, reset h1, reset h2, unmute s1"),
+    "GlusterFS": ("gluster", "glusterd glusterfs", "kill s2"),
+    "CephFS": ("ceph", "ceph-mon ceph-mds ceph-fuse", "kill mds", "kill osd.0"),
 }
 # Runs on a host, and forks for each numbered file that appears in its box: a name and what it runs.
 AGENT = r"""
-import os, sys, time, traceback
+import os, sys, time
 sys.path.insert(0, sys.argv[1])
-import femtoqueue
 from femtoqueue import *
 box, number, pids, name = sys.argv[2], 0, {}, "agent"
 def say(*words):
     os.write(1, (" ".join(map(str, (name, *words))) + "\n").encode())
-def stop_before(part):
-    # Says "in flight" before the change whose name has `part` in it, and makes it when it is told to.
-    def change(real, path, *rest, **options):
-        target = os.path.join(path, *map(str, rest[:1]))
-        if part in target and os.path.isdir(os.path.dirname(target)):
-            for call, function in calls.items():
-                setattr(os, call, function)
-            # All that the kernel asks before it, it asks now: delegations are returned, rights known.
-            os.rename(path, path + "~")
-            os.rename(path + "~", path)
-            for directory in {os.path.dirname(path), os.path.dirname(target)}:
-                os.listdir(directory), os.access(directory, os.W_OK)
-            say("in-flight")
-            while not os.path.exists(f"{box}/go"):
-                time.sleep(0.01)
-        return real(path, *rest, **options)
-    calls = {call: getattr(os, call) for call in ("rename", "replace", "link", "unlink", "remove")}
-    for call, function in calls.items():
-        setattr(os, call, lambda *a, real=function, **o: change(real, *a, **o))
-def produce(root, count, pause_s, **options):
+def produce(root, count, pause_s=0, **options):
     queue = FemtoQueue(root, name, **options)
-    begun_s = time.time()
-    for number in range(count):
-        queue.push(f"{name}-{number:04d}".encode())
-        say("ack", f"{name}-{number:04d}")
+    for payload in (f"{name}-{number:04d}" for number in range(count)):
+        queue.push(payload.encode())
+        say("ack", payload)
         time.sleep(pause_s)
-    say("pushed", count / (time.time() - begun_s))
-def work(root, hold_s, **options):
+def work(root, hold_s=0, **options):
     queue = FemtoQueue(root, name, **options)
     while not os.path.exists(f"{box}/stop"):
         if task := queue.pop(timeout=0.3):
@@ -5310,24 +5088,20 @@ def work(root, hold_s, **options):
             except NotInProgress:
                 say("lost", payload)
 say("ready")
-while not os.path.exists(f"{box}/quit"):
+while not os.path.exists(f"{box}/stop"):
+    time.sleep(0.01)
     if os.path.exists(path := f"{box}/{number}"):
         number += 1
-        if (pid := os.fork()) == 0:
-            name, code = open(path).read().split("\n", 1)
+        name, code = open(path).read().split("\n", 1)
+        pids[name] = os.fork()
+        if not pids[name]:
             try:
                 exec(code)
             except BaseException as error:
-                traceback.print_exc()
                 say("error", repr(error))
-            say("end")
             os._exit(0)
-        pids[open(path).readline().strip()] = pid
-    try:
-        os.waitpid(-1, os.WNOHANG)
-    except ChildProcessError:
-        pass
-    time.sleep(0.01)
+for pid in pids.values():
+    os.waitpid(pid, 0)
 """
 
 
@@ -5335,38 +5109,30 @@ class Host:
     """One machine: what is run there, and what that says."""
 
     def __init__(self, machines: Machines, name: str) -> None:
-        self.machines, self.name = machines, name
-        self.box = Path(tempfile.mkdtemp(prefix=f"{name}-", dir=machines.base))
+        self.name, self.count = name, 0
         self.said: list[list[str]] = []
-        self.count = 0
+        self.box = Path(tempfile.mkdtemp(prefix=f"{name}-", dir=machines.base))
+        self.root = f"{machines.base}/{name.replace('h', 'host')}/{machines.name}"
+        under = rebooted(self.box)  # it is this machine, but for its mount and its boot
         if machines.kind == "NFS":
             under = [str(TOOLS / "nfs-fault.sh"), str(machines.base), "in", name]
-        else:
-            under = rebooted(self.box)  # it is this machine, but for its mount and its boot
+        if machines.kind == "NFS" and name == "h2":
+            self.root = f"/run/nfs-3/{machines.name}"
+            mount = "mount -t nfs -o vers=3,hard,nosharecache,nolock,mountproto=tcp,mountport=20048,port=2049"
+            mount = f"mkdir -p /run/nfs-3; {mount} 10.78.0.11:/run/disk/export /run/nfs-3"
+            machines.fault("in", name, "sh", "-c", f"mountpoint -q /run/nfs-3 || {{ {mount}; }}")
         command = [*under, sys.executable, "-c", AGENT, str(MODULE.parent), str(self.box)]
-        self.process = subprocess.Popen(
-            command, stdout=subprocess.PIPE, text=True, start_new_session=True
-        )
-        threading.Thread(target=self._listen, daemon=True).start()
-        machines.wait(lambda: self.heard("ready"), f"{name} to answer")
+        self.process = subprocess.Popen(command, stdout=-1, text=True, start_new_session=True)
+        in_thread(self._listen)
+        machines.wait(lambda: self.heard("ready"))
 
     def _listen(self) -> None:
-        assert self.process.stdout
         for line in self.process.stdout:
             self.said.append(line.split())
 
-    def root(self, version: str = "4.2") -> str:
-        """The queue's directory as it is called there."""
-        top = f"{self.machines.base}/{self.name.replace('h', 'host')}"
-        if self.machines.kind == "NFS" and version != "4.2":
-            top = self.machines.mount(self.name, version) + "-"
-        return f"{top}/{self.machines.name}"
-
     def run(self, who: str, code: str) -> None:
         """Start a process there; `who` is its node_id and begins all it says."""
-        draft = self.box / "draft"
-        draft.write_text(f"{who}\n{code}")
-        draft.rename(self.box / str(self.count))
+        put(self.box / "draft", f"{who}\n{code}".encode()).rename(self.box / str(self.count))
         self.count += 1
 
     def heard(self, kind: str, who: str = "") -> list[list[str]]:
@@ -5374,397 +5140,181 @@ class Host:
 
 
 class Machines:
-    """Servers, and hosts h1 to h4 that mount what they serve. NFS: by 4.2, and by 3 where asked."""
+    """Servers, and hosts h1 to h4 that mount what they serve. NFS: by version 4.2, and h2 by 3."""
 
-    def __init__(self, kind: str, base: Path) -> None:
-        self.kind, self.base, self.name = kind, base, ""  # a short path: sockets need one
+    def __init__(self, kind: str) -> None:
+        self.kind, self.is_broken = kind, True
+        self.base = Path(tempfile.mkdtemp(prefix="fq", dir="/tmp"))  # short: sockets need that
         self.hosts: dict[str, Host] = {}
-        self.is_broken = True
-        self.frozen: set[str] = set()
 
-    def tool(self, what: str, *arguments: str, **environment: str) -> str:
+    def tool(self, script: str, *arguments: str, **environment: str) -> str:
         """Run one of the scripts; what it printed."""
-        name = PROGRAMS[self.kind][0]
-        script = TOOLS / (f"{name}-fault.sh" if what == "fault" else f"{what}-{name}.sh")
-        return execute(script, self.base, *arguments, env={**os.environ, **environment})
+        script = script.format(CLUSTERS[self.kind][0])
+        return execute(TOOLS / script, self.base, *arguments, env=os.environ | environment)
 
     def repair(self) -> None:
         """Start all, or whatever of it was broken."""
-        for who in tuple(self.frozen):
-            self.fault("thaw", who)
         if self.is_broken:
-            more = {"MOUNT_OPTS": "vers=4.2,hard", "LEASE": "10"} if self.kind == "NFS" else {}
-            self.tool("start", HOSTS="4", **more)
-            self.is_broken = False
+            nfs = {"MOUNT_OPTS": "vers=4.2,hard", "LEASE": "10"} if self.kind == "NFS" else {}
+            self.tool("start-{}.sh", HOSTS="4", **nfs)
+        self.is_broken = False
 
-    def fault(self, what: str, who: str, *rest: str) -> str:
-        self.is_broken |= what not in ("in", "heal")
-        self.frozen = self.frozen | {who} if what == "freeze" else self.frozen - {who}
-        found = self.tool("fault", what, who, *rest)
+    def fault(self, what: str, who: str, *rest: str) -> None:
+        self.is_broken |= what != "in"
+        self.tool("{}-fault.sh", what, who, *rest)
         if what == "kill" and self.kind != "NFS" and who in self.hosts:
             os.killpg(self.hosts[who].process.pid, signal.SIGKILL)  # with its mount, what runs there
-        return found
 
-    def mount(self, host: str, version: str, *names: str) -> str:
-        """Where it is mounted; by names, as filesystems that share no lock, and trust their caches."""
-        path = f"/run/nfs-{version}"
-        what, options = "10.78.0.11:/", f"nosharecache,vers={version},hard"
-        options += ",actimeo=600" if names else ""
-        if version == "3":
-            what += "run/disk/export"
-            options += ",nolock,mountproto=tcp,mountport=20048,port=2049"
-        once = 'mountpoint -q "$1" || { mkdir -p "$1"; mount -t nfs -o "$2" "$3" "$1"; }'
-        each = f'set -- "{path}$name" {options} {what}; {once}'
-        self.fault(
-            "in", host, "sh", "-c", f"for name in {' '.join(names) or '-'}; do {each} & done; wait"
-        )
-        return path
+    def start(self, *names: str) -> list[Host]:
+        self.hosts |= {name: Host(self, name) for name in names}
+        return [*self.hosts.values()]
 
-    def __getitem__(self, name: str) -> Host:
-        if name not in self.hosts or self.hosts[name].process.poll() is not None:
-            self.hosts[name] = Host(self, name)
-        return self.hosts[name]
+    def wait(self, found: Callable[[], object], seconds: float = 90) -> None:
+        was = becomes(True, lambda: bool(found()), seconds)
+        assert was, [(host.name, host.said[-20:]) for host in self.hosts.values()]
 
-    def end(self) -> None:
-        """Let all that runs on the hosts end."""
-        for host in self.hosts.values():
-            (host.box / "stop").touch()
-            (host.box / "quit").touch()
-        for host in self.hosts.values():
-            host.process.wait(60)
-        self.hosts = {}
-
-    def wait(self, found: Callable[[], object], what: str, timeout_s: float = 90) -> None:
-        end_s = time.monotonic() + timeout_s
-        while not found():
-            if time.monotonic() > end_s:
-                said = {host.name: host.said[-20:] for host in self.hosts.values()}
-                pytest.fail(f"waited in vain for {what}: {said}")
-            time.sleep(0.02)
-
-    def all(self, kind: str, who: str = "") -> list[list[str]]:
-        return [words for host in self.hosts.values() for words in host.heard(kind, who)]
-
-    def check_all_once(self, count: int) -> None:
-        """Wait for the end: each task pushed was delivered and done, once, and nobody saw an error.
-
-        A worker that is alone has what one producer pushed in order.
-        """
-        for kind in ("ack", "done"):
-            self.wait(lambda kind=kind: len(self.all(kind)) >= count, f"{count} times {kind}")
-        pushed, got, done = (
-            sorted(words[0] for words in self.all(kind)) for kind in ("ack", "got", "done")
-        )
-        assert self.all("error") == self.all("lost") == []
-        assert pushed == got == done and len(set(done)) == count
-        for producer in ("h1-", "h2-"):
-            found = [p for p, _ in self.all("got", "alone") if p.startswith(producer)]
-            assert found == sorted(found)
+    def all(self, kind: str) -> list[list[str]]:
+        return [words for host in self.hosts.values() for words in host.heard(kind)]
 
 
 @pytest.fixture(scope="session")
-def running() -> Iterator[dict[str, Machines]]:
-    """The machines that were started, by their kind."""
-    found: dict[str, Machines] = {}
-    yield found
-    for machines in found.values():
-        machines.tool("stop")
-        shutil.rmtree(machines.base, ignore_errors=True)
-
-
-@pytest.fixture
-def cluster(request: pytest.FixtureRequest, running: dict[str, Machines]) -> Iterator[Machines]:
-    """The machines of one kind, whole, with nothing running on them."""
-    kind = request.param
-    name, *programs = PROGRAMS[kind]
-    if not (TOOLS / f"start-{name}.sh").exists():
-        pytest.skip(f"several machines: FEMTOQUEUE_MACHINES names no folder with start-{name}.sh")
-    if os.geteuid() != 0:
-        pytest.skip(f"several machines: {kind} needs root")
-    if missing := [program for program in programs if shutil.which(program) is None]:
-        pytest.skip(f"several machines: {', '.join(missing)} not installed")
-    if kind not in running:
-        running[kind] = Machines(kind, Path(tempfile.mkdtemp(prefix="fq", dir="/tmp")))
-    machines = running[kind]
-    machines.repair()
-    machines.name = f"queue-{os.urandom(4).hex()}"
+def cluster(request: pytest.FixtureRequest) -> Iterator[Machines]:
+    """The machines of one kind."""
+    name, programs, *_ = CLUSTERS[request.param]
+    missing = [program for program in programs.split() if shutil.which(program) is None]
+    if missing or os.geteuid() != 0 or not (TOOLS / f"start-{name}.sh").exists():
+        pytest.skip(f"{request.param} takes FEMTOQUEUE_MACHINES, root, and {programs}")
+    machines = Machines(request.param)
     yield machines
-    machines.repair()
-    machines.end()
+    machines.tool("stop-{}.sh")
+    shutil.rmtree(machines.base, ignore_errors=True)
 
 
-def on(*kinds: str) -> pytest.MarkDecorator:
-    return pytest.mark.parametrize("cluster", kinds, indirect=True)
-
-
+@pytest.mark.parametrize("cluster", CLUSTERS, indirect=True)
 class TestMachines:
-    @pytest.mark.parametrize(
-        ("cluster", "version"),
-        [("NFS", "4.2"), ("NFS", "3"), ("GlusterFS", ""), ("CephFS", "")],
-        indirect=["cluster"],
-    )
-    def test_contested(self, cluster: Machines, version: str) -> None:
-        """Two producers and four workers on two hosts: each task delivered, and exactly once."""
-        for host in (cluster["h1"], cluster["h2"]):
-            root = host.root(version)
-            host.run(f"{host.name}-a", f"work({root!r}, 0)")
-            host.run(f"{host.name}-b", f"work({root!r}, 0)")
-            host.run(host.name, f"produce({root!r}, 150, 0)")
-        begun_s = time.monotonic()
-        cluster.check_all_once(300)
-        rates = [round(float(words[0])) for words in cluster.all("pushed")]
-        took_s = time.monotonic() - begun_s
-        print(f"{cluster.kind} {version}: 300 tasks in {took_s:.1f} s, a host pushes {rates} a second")
-        assert all(host.heard("done") for host in cluster.hosts.values())
+    @pytest.fixture(autouse=True)
+    def _whole(self, cluster: Machines) -> Iterator[None]:
+        cluster.repair()
+        cluster.name, cluster.hosts = f"queue-{os.urandom(4).hex()}", {}
+        yield
+        cluster.repair()
+        for host in cluster.hosts.values():
+            (host.box / "stop").touch()
+            host.process.wait(60)
 
-    @pytest.mark.parametrize(
-        ("cluster", "workers", "faults"),
-        [
-            ("NFS", "alone", "stop s1, start s1"),
-            # A new connection, but the same answers.
-            ("NFS", "h1-a h2-a", "mute s1, reset h1, reset h2, unmute s1"),
-            ("GlusterFS", "h1-a h2-a", "kill s2"),
-            ("CephFS", "h1-a h2-a", "kill mds"),
-            ("CephFS", "h1-a h2-a", "kill osd.0"),
-        ],
-        indirect=["cluster"],
-    )
-    def test_a_server_is_away(self, cluster: Machines, workers: str, faults: str) -> None:
-        """Calls wait until it, or another one, is there. Nothing fails, is lost or comes twice."""
-        roots = {"h1": cluster["h1"].root(), "h2": cluster["h2"].root("3")}
-        for host, root in roots.items():
-            cluster[host].run(host, f"produce({root!r}, 60, 0.02)")
-        for host, worker in zip(roots, workers.split(), strict=False):
-            cluster[host].run(worker, f"work({roots[host]!r}, 0.02, timeout_stale_ms=120_000)")
-        cluster.wait(lambda: len(cluster.all("got")) > 10, "a claim in hand")
-        for fault in faults.split(", "):
-            cluster.fault(*fault.split())
-        cluster.check_all_once(120)
+    def test_a_server_is_away(self, cluster: Machines) -> None:
+        """Two producers and four workers on two hosts: each task is done, and delivered exactly once.
 
-    @on("GlusterFS")
-    def test_a_slow_stream_keeps_the_copies_together(self, cluster: Machines) -> None:
-        """Buckets that are always empty are not removed and remade by two hosts at a time.
-
-        Each push then races with a removal: some fail, and `pending/` itself ends in a split brain.
+        Servers go away meanwhile. Calls wait until they are back, or others there; nothing fails.
         """
-        for host in (cluster["h1"], cluster["h2"]):
-            host.run(host.name, f"produce({host.root()!r}, 250, 0.03)")
-            host.run(f"{host.name}-a", f"work({host.root()!r}, 0)")
-        cluster.check_all_once(500)
-        assert "split-brain" not in cluster.fault("heal", "s1")
-        pending = [os.listdir(f"{cluster[host].root()}/pending") for host in ("h1", "h2")]
-        assert sorted(pending[0]) == sorted(pending[1])
+        for host in cluster.start("h1", "h2"):
+            host.run(host.name, f"produce({host.root!r}, 150, 0.02)")
+            for who in (f"{host.name}-a", f"{host.name}-b"):
+                host.run(who, f"work({host.root!r}, 0.02, timeout_stale_ms=120_000)")
+        for number, faults in enumerate(CLUSTERS[cluster.kind][2:]):
+            cluster.wait(lambda number=number: len(cluster.all("got")) > 10 + 100 * number)
+            for fault in faults.split(", "):
+                cluster.fault(*fault.split())
+        cluster.wait(lambda: len(cluster.all("ack")) == len(cluster.all("done")) == 300)
+        pushed, got, done = (sorted(w[0] for w in cluster.all(k)) for k in ("ack", "got", "done"))
+        assert pushed == got == done and cluster.all("error") == cluster.all("lost") == []
 
-    @on("NFS", "GlusterFS", "CephFS")
     def test_a_worker_dies(self, cluster: Machines) -> None:
         """Its claim comes back at once on its own host, and not before the lease is over on another."""
-        h1, h2 = cluster["h1"], cluster["h2"]
-        h1.run("dies", f"produce({h1.root()!r}, 1, 0)\nwork({h1.root()!r}, 600)")
-        cluster.wait(lambda: h1.heard("got"), "a claim in hand")
-        h2.run("other", f"work({h2.root()!r}, 0)")
+        h1, h2 = cluster.start("h1", "h2")
+        hold = f"work({h1.root!r}, 600, timeout_stale_ms=3_600_000)"
+        h1.run("dies", f"produce({h1.root!r}, 1)\n{hold}")
+        cluster.wait(lambda: h1.heard("got"))
         h1.run("killer", "os.kill(pids['dies'], 9)")
-        h1.run("neighbour", f"time.sleep(1)\nwork({h1.root()!r}, 0)")
-        cluster.wait(lambda: cluster.all("done"), "it to be done")
+        h2.run("other", f"say(FemtoQueue({h2.root!r}, name).pop(timeout=3))")
+        cluster.wait(lambda: h2.heard("None"))
+        h1.run("neighbour", f"work({h1.root!r})")
+        cluster.wait(lambda: h1.heard("done"))
         assert h1.heard("got", "neighbour") == [["dies-0000", "2"]]
 
-    @on("NFS", "GlusterFS", "CephFS")
     def test_a_producer_and_its_host_die(self, cluster: Machines) -> None:
         """What a durable push returned is whole, and there for others, though its host died at once."""
-        h1, h2 = cluster["h1"], cluster["h2"]
-        h2.run("h2", f"produce({h2.root()!r}, 10_000, 0, sync_after_write=True)")
-        cluster.wait(lambda: len(h2.heard("ack")) > 100, "pushes")
+        h1, h2 = cluster.start("h1", "h2")
+        h2.run("h2", f"produce({h2.root!r}, 10_000, sync_after_write=True)")
+        cluster.wait(lambda: len(h2.heard("ack")) > 100)
         cluster.fault("kill", "h2")
-        h1.run("other", f"work({h1.root()!r}, 0)")
+        h1.run("other", f"work({h1.root!r})")
         pushed = {payload for (payload,) in h2.heard("ack")}
-        cluster.wait(lambda: pushed <= {words[0] for words in h1.heard("done")}, "all that was pushed")
+        cluster.wait(lambda: pushed <= {words[0] for words in h1.heard("done")})
         assert h1.heard("error") == []
 
-    @on("NFS", "GlusterFS", "CephFS")
     def test_hosts_go_away(self, cluster: Machines) -> None:
         """What a host had in hand that died, was cut off or stood still is done by another one.
 
         That is after its lease, and those that come back are told. What a longer lease protects comes
         back at once, and only, to the node_id that claimed it, wherever that starts again.
         """
-        names = ("h2", "h3", "h4")
-        for who in names:
-            root = f"{cluster[who].root()}-{who}"
-            hold = f"work({root!r}, 600, timeout_stale_ms=2_000)"
-            cluster[who].run(who, f"produce({root!r}, 1, 0)\n{hold}")
-        root = f"{cluster['h2'].root()}-long"
-        hold = f"work({root!r}, 600, timeout_stale_ms=3_600_000)"
-        cluster["h2"].run("long", f"produce({root!r}, 1, 0)\n{hold}")
-        h1 = cluster["h1"]
-        cluster.wait(lambda: len(cluster.all("got")) == 4, "claims in hand")
-        cluster.fault("cut", "h3")
-        cluster.fault("freeze", "h4")
-        cluster.fault("kill", "h2")
-        begun_s = time.monotonic()
-        for who in names:
-            h1.run(f"for-{who}", f"work({h1.root()!r} + '-{who}', 0)")
-        h1.run("other", f"say(FemtoQueue({h1.root()!r} + '-long', name).pop(timeout=5))")
-        for who in names:
-            cluster.wait(lambda who=who: h1.heard("done", f"for-{who}"), f"what {who} had")
-            took_s = time.monotonic() - begun_s
-            print(f"{cluster.kind}: what {who} had is back {took_s:.1f} s after it went away")
-        cluster.wait(lambda: h1.heard("None", "other"), "a pop of the long lease's in vain")
-        h1.run("long", f"work({h1.root()!r} + '-long', 0)")
-        cluster.wait(lambda: h1.heard("done", "long"), "the long lease's to be done")
+        h1, *away = cluster.start("h1", "h2", "h3", "h4")
+        for who, host, lease_ms in [*((h.name, h, 2_000) for h in away), ("long", away[0], 3_600_000)]:
+            root = f"{host.root}-{who}"
+            host.run(who, f"produce({root!r}, 1)\nwork({root!r}, 600, timeout_stale_ms={lease_ms})")
+        cluster.wait(lambda: len(cluster.all("got")) == 4)
+        for fault in ("cut h3", "freeze h4", "kill h2"):
+            cluster.fault(*fault.split())
+        for host in away:
+            h1.run(f"for-{host.name}", f"work({h1.root!r} + '-{host.name}')")
+        h1.run("other", f"say(FemtoQueue({h1.root!r} + '-long', name).pop(timeout=5))")
+        cluster.wait(lambda: len(h1.heard("done")) == 3 and h1.heard("None", "other"), 200)
+        h1.run("long", f"work({h1.root!r} + '-long')")
+        cluster.wait(lambda: h1.heard("done", "long"))
+        assert sorted(h1.heard("got")) == [[f"{who}-0000", "2"] for who in ("h2", "h3", "h4", "long")]
         cluster.fault("join", "h3")
         cluster.fault("thaw", "h4")
-        h3, h4 = cluster.hosts["h3"], cluster.hosts["h4"]
-        for host in (h3, h4):
+        for host in away[1:]:
             (host.box / "release").touch()
-        # CephFS shuts out a host that is silent for a minute, until it mounts anew: ESHUTDOWN.
-        is_shut_out = cluster.kind == "CephFS"
-        news = "error" if is_shut_out else "lost"
-        cluster.wait(lambda: h3.heard(news) and h4.heard(news), "the news")
-        assert sorted(h1.heard("got")) == [[f"{who}-0000", "2"] for who in (*names, "long")]
-        assert h3.heard("done") == h4.heard("done") == []
-        errors = [words[0] for words in cluster.all("error")]
-        assert errors == ["BrokenPipeError(108,"] * 2 * is_shut_out
-        if is_shut_out:
-            cluster.fault("kill", "h3")
-            cluster.fault("kill", "h4")
-
-    @on("NFS")
-    def test_the_server_dies_before_it_answers(self, cluster: Machines) -> None:
-        """What was done is reported as done, in whichever call, even if another host had it meanwhile.
-
-        The server's machine dies with its answers, and sessions or caches of answers with it: what the
-        kernel repeats is told that there is no such file. Each call has a mount of its own, for a
-        kernel makes one rename between directories of a filesystem at a time.
-        """
-
-        def on_disk() -> set[str]:
-            """All files of the queues, as the server has them."""
-            find = f"cd /run/disk/export; find {cluster.name}* -type f"
-            return set(cluster.fault("in", "s1", "sh", "-c", find).split())
-
-        def back(host: str) -> None:
-            cluster.fault("thaw", host)
-            # The new server has a new hardware address, which would else be noticed after a minute.
-            cluster.fault("in", host, "ip", "neigh", "flush", "all")
-
-        h1, h2 = cluster["h1"], cluster["h2"]
-        calls = [(version, call) for version in ("4.2", "3") for call in IN_FLIGHT]
-        mounts = {version: cluster.mount("h1", version, *IN_FLIGHT) for version in ("4.2", "3")}
-        for version, call in calls:
-            part, end, code = IN_FLIGHT[call]
-            root = f"{mounts[version]}{call}/{cluster.name}-{call}-{version}"
-            *before, last = code.split("; ")
-            new = f"q = FemtoQueue({root!r}, name, 120_000, keep_done={bool(end)})"
-            h1.run(f"{call}-{version}", "\n".join([new, *before, f"stop_before('/{part}/')", last]))
-        cluster.wait(lambda: len(h1.heard("in-flight")) == len(calls), "calls in flight")
-        there = on_disk()
-        path = h2.root("3")
-        cluster.fault("mute", "s1")
-        (h1.box / "go").touch()
-        cluster.wait(lambda: len(there - on_disk()) == len(calls), "all to be done", 20)
-        for host in ("h1", "h2"):
-            cluster.fault("freeze", host)  # or they wait longer and longer for a server that is silent
-        cluster.fault("kill", "s1")
-        cluster.frozen.clear()  # not yet
-        cluster.repair()
-        back("h2")
-        taken = [f"{call}-{version}" for version, call in calls if "taken" in call]
-        for call in taken:
-            h2.run(f"for-{call}", f"work({path!r} + '-{call}', 0)")
-        cluster.wait(lambda: len(h2.heard("done")) == len(taken), "some to be taken")
-        back("h1")
-        cluster.wait(lambda: len(h1.heard("end")) == len(calls), "answers")
-        assert cluster.all("error") == []
-        tasks = [path.split("/") for path in on_disk() if "_" in path.rpartition("/")[2]]
-        for version, call in calls:
-            states = [path[1] for path in tasks if path[0] == f"{cluster.name}-{call}-{version}"]
-            assert states == [IN_FLIGHT[call][1]] * bool(IN_FLIGHT[call][1]), call
-
-
-# Before which change it waits, where the task is in the end, and what is called.
-IN_FLIGHT = {
-    "push": ("pending", "pending", "q.push(b'x')"),
-    "push-taken": ("pending", "done", "q.push(b'x')"),
-    "schedule": ("scheduled", "scheduled", "q.schedule(b'x', 1900000000000000)"),
-    "schedule-taken": ("scheduled", "done", "q.schedule(b'x', 1600000000000000)"),
-    "pop": ("in_progress", "in_progress", "q.push(b'x'); t = q.pop()"),
-    "touch": ("in_progress", "in_progress", "q.push(b'x'); t = q.pop(); q.touch(t)"),
-    "done": ("done", "done", "q.push(b'x'); t = q.pop(); q.done(t)"),
-    "done-unkept": ("in_progress", "", "q.push(b'x'); t = q.pop(); q.done(t)"),
-    "retry": ("pending", "pending", "q.push(b'x'); t = q.pop(); q.retry(t)"),
-}
+            # CephFS shuts out a host that is silent for a minute, until it mounts anew: ESHUTDOWN.
+            told = "error" if cluster.kind == "CephFS" else "lost"
+            cluster.wait(lambda host=host, told=told: host.heard(told))
+            assert host.heard("done") == [] and len(host.heard("error")) == (told == "error")
+            if told == "error":
+                cluster.fault("kill", host.name)
 
 
 # --- what a distributed filesystem does, done by one machine ------------------------------------------
 
 
-def test_names_that_linger_cost_no_listing_each(
-    directory: Path, clock: Time, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Where listings show for long what is gone, as over NFS, a task costs no listing of its own."""
-    queue = FemtoQueue(directory, "a")
+@pytest.mark.usefixtures("no_hang")
+def test_listings_of_a_network_filesystem(directory: Path, clock: Time, monkeypatch: Patch) -> None:
+    """Where a listing shows a name twice, and for long what is gone, order and costs are the same.
+
+    ids has each once, and a task costs no listing of its own.
+    """
+    queue, listed = FemtoQueue(directory, "a"), []
     ids = queue.push_many([b"x"] * 200)
-    shown: dict[str, list[os.DirEntry[str]]] = {}
-    listed = 0
+    shown: dict[str, list[Any]] = {}
 
     @contextlib.contextmanager
-    def scandir(path: str) -> Iterator[Iterable[os.DirEntry[str]]]:
-        nonlocal listed
+    def scandir(path: str) -> Iterator[Iterator[Any]]:
         with REAL["scandir"](path) as entries:
-            found = list(entries)
-        if os.path.dirname(path).endswith("/pending"):
-            listed += 1
-            found = shown.setdefault(path, found)
-        yield found
+            found = [entry for entry in entries for _ in range(2)][::-1]
+        listed.extend([path] * ("/pending/" in path))
+        yield iter(shown.setdefault(path, found) if "/pending/" in path else found)
 
     monkeypatch.setattr(os, "scandir", scandir)
+    assert list(queue.ids("pending")) == ids
     for id in ids:
         task = queue.pop()
         assert task and task.id == id
         queue.done(task)
         clock.advance(0.02)  # 4 s in all, and a look at everything each second
-    assert listed < 10
+    assert queue.pop() is None and list(queue.ids("done")) == ids and len(listed) < 20
 
 
-def test_hosts_that_make_the_directory_at_once_share_its_files(
-    directory: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Who comes second replaces neither `layout` nor the clock: to who reads them, that is ESTALE."""
-    inodes: list[int] = []
-
-    def open_(path: str, *arguments: int) -> int:
-        if "/creating/" in path and not inodes:
-            inodes.append(0)
-            FemtoQueue(directory, "b").push(b"x")  # another host is quicker, now
-            inodes[:] = [(directory / name).stat().st_ino for name in shared()]
-        return REAL["open"](path, *arguments)
-
-    def shared() -> list[str]:
-        return sorted(path.name for path in directory.iterdir() if path.is_file())
-
-    monkeypatch.setattr(os, "open", open_)
-    FemtoQueue(directory, "a").push(b"x")
-    assert len(inodes) == 2 and [(directory / name).stat().st_ino for name in shared()] == inodes
-
-
-@pytest.mark.parametrize("size", [1, 2_000_000])
-def test_a_task_is_finished_on_another_host(
-    directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: int
-) -> None:
-    """Task and queue can be pickled, also where the directory is mounted under another path."""
-    first = FemtoQueue(directory, "h1")
-    first.push(b"x" * size)
-    task = pickle.loads(pickle.dumps(first.pop()))
+def test_a_queue_is_pickled(directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pickled, it finishes tasks elsewhere, also where the directory is mounted under another path."""
+    task = (first := FemtoQueue(directory, "h1")).push(b"x") and first.pop()
     task.path = f"/elsewhere{task.path}"
-    assert size > 1 or task.data == b"x"  # a large one is read when it is asked for
-    (tmp_path / "mnt").symlink_to(tmp_path)
     monkeypatch.chdir(tmp_path)
-    pickled = pickle.dumps(FemtoQueue("mnt/queue", "h2", max_attempts=5))
+    pickled = pickle.dumps(FemtoQueue("queue", "h2", max_attempts=5))
     monkeypatch.chdir("/")
     second = pickle.loads(pickled)
     assert (second.node_id, second.max_attempts) == ("h2", 5)
     second.done(task)
-    with pytest.raises(NotInProgress):
-        first.done(task)
     assert names(directory, "done") == [task.id]
 
 
@@ -5780,50 +5330,20 @@ def test_no_bucket_is_made_twice(directory: Path, clock: Time) -> None:
         made.extend(args[:1] if name == "mkdir" and "/pending/" in args[0] else ())
         return result
 
-    hosts = worker, other = FemtoQueue(directory, "a"), FemtoQueue(directory, "b")
+    slow, *queues = (FemtoQueue(directory, f"host-{n}", LONG_MS) for n in range(3))
     with Steps(1, note, once=False):
+        held = queues[0].push(b"held") and slow.pop()
         for _ in range(300):  # through two periods of 1,000 s
             clock.advance(7)
-            for queue in hosts:
+            for queue in queues:
                 queue.push(b"x")
                 assert drained(queue) == [b"x"]
-        assert len(made) == len({*made}) <= 4
-        clock.advance(2_000)
-        put(directory / "pending" / "1600000000000123_x")
-        for _ in range(4):  # it comes back when its bucket was removed
-            task = worker.pop()
-            clock.advance(5)
-            for path in (directory / "pending").iterdir():
-                os.utime(path, (clock.wall - 5, clock.wall - 5))
-            assert other.pop() is None and os.listdir(directory / "pending") == []
-            worker.retry(task)
-    assert len(made) == len({*made}) > 4
-
-
-def test_a_name_listed_twice(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A directory that lists names twice changes no order, no delivery, and ids has each once."""
-
-    @contextlib.contextmanager
-    def twice(path: str) -> Iterator[Iterator[os.DirEntry[str]]]:
-        with REAL["scandir"](path) as entries:
-            found = list(entries)
-        yield iter(found + found[::-1])
-
-    monkeypatch.setattr(os, "scandir", twice)
-    queue = FemtoQueue(directory, "a")
-    ids = [queue.push(b"%d" % number) for number in range(50)]
-    assert list(queue.ids("pending")) == ids
-    tasks = [queue.pop() for _ in ids]
-    assert [task and task.id for task in tasks] == ids == list(queue.ids("in_progress"))
-    assert queue.pop() is None
-    for task in tasks:
-        queue.done(task)
-    assert list(queue.ids("done")) == ids and queue.purge("done", 0) == 50 and queue.join(0)
+        slow.retry(held)  # to its old place, whose bucket is gone
+    assert len(made) == len({*made}) <= 5 and drained(slow) == [b"held"]
 
 
 @pytest.mark.parametrize("first", ["claim", "pending"])
-@pytest.mark.parametrize("state", ["done", "failed"])
-def test_a_finished_task_under_two_names(directory: Path, clock: Time, state: str, first: str) -> None:
+def test_a_finished_task_under_two_names(directory: Path, clock: Time, first: str) -> None:
     """A finished task that healing gave its earlier name back does not come round for ever.
 
     A rename onto another name of the same file does nothing, and says that all went well.
@@ -5835,306 +5355,138 @@ def test_a_finished_task_under_two_names(directory: Path, clock: Time, state: st
         path = Path(queue.pop().path)
     else:
         lay_out_busy_owners(directory, 1)
-    os.link(path, directory / state / id)
+    os.link(path, directory / "done" / id)
     for _ in range(5):
         clock.advance(2.1)
         assert queue.pop() is None
-    assert queue.status(id) == state
-    assert [*queue.counts(state, "pending", "in_progress").values()] == [1, 0, first == "pending"]
-
-
-def test_a_slow_filesystem_is_left_alone(
-    directory: Path, clock: Time, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A waiting worker looks for a tenth of the time at most, however slow a look is."""
-    queue, looks = FemtoQueue(directory, "a"), []
-
-    def slow(path: str) -> object:
-        clock.advance(0.002)
-        looks.append(path)
-        return REAL["scandir"](path)
-
-    monkeypatch.setattr(os, "scandir", slow)
-    assert queue.pop(timeout=10) is None
-    assert 0.002 * len(looks) < 1.2
+    assert queue.status(id) == "done" and queue.counts("pending") == {"pending": 0}
 
 
 # ====================================================================================================
 # Windows
 # ====================================================================================================
 
-
-def become_windows() -> None:
-    """Take from this process what Windows lacks, and forbid what means another thing there.
-
-    Runs in a child process, before femtoqueue is imported. Paths stay POSIX paths: only what the
-    system calls do is told apart here.
-    """
-    import fcntl
-    import select
-
-    real: Any = type("Real", (), dict(vars(os)))
-    real_open, real_time, real_monotonic = builtins.open, time.time, time.monotonic
-    binary = 0x8000_0000  # O_BINARY, as a flag that Linux does not have
-
-    def refuse(number: int, path: object, winerror: int = 0) -> None:
-        problem = OSError(number, real.strerror(number), path)
-        problem.winerror = winerror
-        raise problem
-
-    def is_name(path: object, *mode: int) -> None:
-        name = real.path.basename(real.fspath(path))
-        if set(name) & set('<>:"|?*\\') or not name.isprintable() or name[-1:] in (".", " "):
-            refuse(errno.EINVAL, path, 123)
-
-    def is_closed(path: object) -> None:
-        """A file that somebody has open can be neither renamed nor deleted: a sharing violation."""
-        for number in real.listdir("/proc/self/fd"):
-            try:
-                found, wanted = real.fstat(int(number)), real.stat(path)
-            except OSError:
-                continue
-            if stat.S_ISREG(found.st_mode) and real.path.samestat(found, wanted):
-                refuse(errno.EACCES, path, 32)
-
-    def is_not_proc(path: object, *rest: object) -> None:
-        if str(path).startswith("/proc"):
-            refuse(errno.ENOENT, path, 3)
-
-    def may_rename(source: object, target: object) -> None:
-        may_replace(source, target)
-        if real.path.lexists(source) and real.path.lexists(target):
-            refuse(errno.EEXIST, target, 183)
-
-    def may_replace(source: object, target: object) -> None:
-        is_name(target)
-        is_closed(source)
-        is_closed(target)
-
-    def may_link(source: object, target: object) -> None:
-        if os.environ.get("NO_HARD_LINKS"):  # FAT, exFAT
-            refuse(errno.EINVAL, target, 1)
-
-    def may_unlink(path: object) -> None:
-        is_closed(path)
-        if real.path.isdir(path):
-            refuse(errno.EACCES, path, 5)
-
-    def may_open(path: object, flags: int, mode: int = 0) -> None:
-        is_not_proc(path)
-        if real.path.isdir(path):
-            refuse(errno.EACCES, path, 5)
-        if flags & os.O_CREAT:
-            is_name(path)
-        assert flags & binary, f"{path} is opened as text: every newline would change"
-
-    def may_fsync(descriptor: int) -> None:
-        if fcntl.fcntl(descriptor, fcntl.F_GETFL) & real.O_ACCMODE == real.O_RDONLY:
-            refuse(errno.EBADF, None)
-
-    def may_kill(pid: int, number: int) -> None:
-        raise AssertionError("os.kill(pid, 0) ends a process there")
-
-    def guarded(call: Any, check: Any) -> Any:
-        return lambda *arguments, **options: (check(*arguments), call(*arguments, **options))[1]
-
-    checks = {"rename": may_rename, "replace": may_replace, "unlink": may_unlink, "remove": may_unlink}
-    checks |= {"link": may_link, "mkdir": is_name, "readlink": is_not_proc, "fsync": may_fsync}
-    for name, check in (checks | {"kill": may_kill}).items():
-        setattr(os, name, guarded(getattr(real, name), check))
-    os.open = guarded(lambda path, flags, *rest: real.open(path, flags & ~binary, *rest), may_open)
-    builtins.open = guarded(real_open, is_not_proc)
-    lacks = {
-        os: """O_NOFOLLOW O_NONBLOCK O_DIRECTORY O_CLOEXEC O_SYNC O_DSYNC O_NOATIME O_PATH O_TMPFILE
-            register_at_fork uname posix_fadvise posix_fallocate fork forkpty POSIX_FADV_DONTNEED
-            POSIX_FADV_WILLNEED getuid geteuid getgid getegid getpgid getpgrp setsid killpg chown fchown
-            lchown fchmod mkfifo pread pwrite sync fdatasync statvfs fstatvfs sysconf sendfile
-            copy_file_range splice sched_yield sched_getaffinity nice pidfd_open eventfd memfd_create""",
-        signal: """SIGPIPE SIGKILL SIGHUP SIGQUIT SIGALRM SIGUSR1 SIGCHLD SIGTSTP setitimer alarm
-            pthread_sigmask""",
-        time: "clock_gettime CLOCK_BOOTTIME CLOCK_MONOTONIC CLOCK_REALTIME",
-        select: "poll epoll",
-    }
-    for module, names in lacks.items():
-        for name in names.split():
-            vars(module).pop(name, None)
-    sys.modules |= dict.fromkeys(("fcntl", "pwd", "grp", "resource", "termios", "posix"))
-    os.name, sys.platform, os.O_BINARY = "nt", "win32", binary
-    # Before Python 3.13, both clocks tick 64 times a second.
-    time.time = lambda: int(real_time() * 64) / 64
-    time.monotonic = lambda: int(real_monotonic() * 64) / 64
-
-
-# What holds on Windows, and a program that shows it: it runs in an empty directory, where Q makes the
-# queue of the node "node-1", or of another one.
+# Takes from a process what Windows lacks, and forbids what means another thing there, Paths
+# stay POSIX paths. The imports are those that tell the systems apart themselves.
+BECOME_WINDOWS = """
+import argparse, builtins, errno, fcntl, json, logging, os, queue, shutil, signal, stat
+import subprocess, sys, time
+scanned = set()
+def guard(name, check, module=os):
+    call = getattr(module, name)
+    setattr(module, name, lambda *args, **options: (check(*args), call(*args, **options))[1])
+def refuse(number, path, when=True):
+    if when:
+        raise OSError(number, os.strerror(number), path)
+def may_unlink(path):
+    opened = [f"/proc/self/fd/{number}" for number in os.listdir("/proc/self/fd")]
+    refuse(errno.EACCES, path, any(os.path.exists(o) and os.path.samefile(o, path) for o in opened))
+def may_rename(source, target):
+    may_unlink(source)
+    refuse(errno.EEXIST, target, os.path.lexists(source) and os.path.lexists(target))
+    if "/done/" in target and source not in scanned:  # a virus scanner has it open for a moment
+        scanned.add(source)
+        refuse(errno.EACCES, source)
+def may_open(path, flags, mode=0):
+    refuse(errno.EACCES, path, os.path.isdir(path))
+    assert flags & os.O_BINARY, f"{path} is opened as text: every newline would change"
+def may_fsync(number):
+    refuse(errno.EBADF, None, fcntl.fcntl(number, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDONLY)
+def may_kill(pid, number):
+    raise AssertionError("os.kill(pid, 0) ends a process there")
+for check in may_rename, may_open, may_fsync, may_unlink, may_kill:
+    guard(check.__name__[4:], check)
+guard("open", lambda path, *rest: refuse(errno.ENOENT, path, str(path).startswith("/proc")), builtins)
+for module, names in {
+    os: "O_NOFOLLOW O_NONBLOCK O_DIRECTORY register_at_fork uname posix_fadvise geteuid killpg readlink",
+    signal: "SIGPIPE SIGKILL SIGHUP SIGQUIT SIGCHLD SIGTSTP pthread_sigmask",
+    time: "clock_gettime CLOCK_BOOTTIME CLOCK_MONOTONIC",
+}.items():
+    for name in names.split():
+        delattr(module, name)
+os.name, sys.platform, os.O_BINARY = "nt", "win32", 1 << 30  # a flag that Linux does not have
+for name in ("time", "monotonic"):  # before Python 3.13, both tick 64 times a second
+    setattr(time, name, lambda real=getattr(time, name): int(real() * 64) / 64)
+"""
+# What holds on Windows, and a program that shows it, in an empty directory.
 ON_WINDOWS = {
-    "the module imports and works: push, pop, done, fail, and first in, first out": r"""
-for options in ({}, {"sync_after_write": True}):
-    q, other = Q(**options), Q("node-2")
-    ids = [q.push(b"%d\r\n" % n) for n in range(50)]
-    ids += q.push_many(b"%d\r\n" % n for n in range(50, 99)) + [other.push(b"99\r\n")]
-    got = []
-    while task := q.pop():
-        got.append((task.id, task.data))
-        (q.fail if len(got) == 100 else q.done)(task)
-    assert got == [(id, b"%d\r\n" % n) for n, id in enumerate(ids)], got
-    assert [*q.ids("done")] == ids[:99]
-    assert q.status(ids[99]) == "failed" and q.requeue(ids[99]) and q.cancel(ids[99])
-    for id in ids[:99]:  # the clock there moves in steps, and may be behind the files
-        os.utime(f"queue/done/{id}", (0, 0))
-    assert q.purge("done", 0) == 99 and {*q.counts().values()} == {0}
-""",
-    "a task is scheduled, retried now and later, touched, pickled, given back; max_attempts": """
-import pickle
-for options in ({}, {"sync_after_write": True}):
-    q = Q(max_attempts=3, **options)
-    id = q.schedule(b"later", time.time_ns() // 1000 + 100_000)
-    assert q.pop() is None
-    task = q.pop(5)
-    assert (task.id, task.data, task.attempt) == (id, b"later", 1), task
-    q.touch(task)
-    q.retry(task)
-    task = q.pop()
-    assert task.attempt == 2
-    q.retry(task, 50)
-    assert q.status(id) == "scheduled"
-    task = pickle.loads(pickle.dumps(q.pop(5)))
-    assert task.attempt == 3
-    q.retry(task)
-    assert q.status(id) == "failed"
-    q.push(b"given back")
-    q.pop()
-    q.close()
-    with Q("node-2") as other:
-        task = other.pop()
-        assert (task.data, task.attempt) == (b"given back", 2), task
-        other.done(task)
-        assert other.join(1)
-""",
-    "a file is pushed, moving or not: none is renamed, or synced, while it is open": r"""
-payload = b"\r\n\x1a" * 500_000
-for move in (True, False):
-    for durable in (True, False):
+    "the module imports and works: first in, first out, and each call does its own": r"""
+for root, durable in ("queue", False), ("durable", True):
+    q, other = (FemtoQueue(root, f"node-{n}", sync_after_write=durable, max_attempts=3) for n in (1, 2))
+    ids = [q.push(b"%d\r\n" % n) for n in range(50)] + q.push_many(b"%d\r\n" % n for n in range(50, 99))
+    ids.append(other.push(b"99\r\n"))
+    for n, id in enumerate(ids):
+        task = q.pop()
+        assert (task.id, task.data) == (id, b"%d\r\n" % n)
+        (q.fail if n == 99 else q.done)(task)
+        os.utime(f"{root}/{q.status(id)}/{id}", (0, 0))
+    assert q.requeue(id) and q.cancel(id) and [*q.ids("done")] == ids[:99]
+    assert q.purge("done", 1e6) == 99 and {*q.counts().values()} == {0}
+    for move in (True, False):  # nothing is renamed, or synced, while it is open for reading
         with open("payload", "wb") as file:
-            file.write(payload)
-        q = Q(sync_after_write=durable)
+            file.write(b"\r\n\x1a" * 500_000)
         id = q.push_file("payload", move=move)
         task = q.pop()
-        assert task.id == id and task.data == payload and os.path.exists("payload") is not move
+        assert task.id == id and len(task.data) == 1_500_000 and os.path.exists("payload") is not move
         q.done(task)
+    q.schedule(b"later", time.time_ns() // 1000 + 100_000)
+    assert q.pop() is None
+    task = q.pop(5)
+    q.touch(task)
+    q.retry(task)
+    q.retry(q.pop(), 50)
+    assert q.pop(5).attempt == 3
+    q.close()
+    assert other.pop() is None and other.status(task.id) == "failed"
 """,
     "no process is judged: a dead worker's task comes back by its lease, and not before": """
-import subprocess
 if sys.argv[-1] == "dies":
-    q = Q(timeout_stale_ms=3_000)
+    q = FemtoQueue("queue", "node", timeout_stale_ms=3_000)
     q.push(b"x")
     assert q.pop()
     os._exit(0)
 subprocess.run([*sys.orig_argv, "dies"], check=True)
-q = Q()
-assert q.pop() is None
-assert q.pop(10).attempt == 2
+q = FemtoQueue("queue", "node")
+assert q.pop() is None and q.pop(10).attempt == 2
 """,
-    "while a handler reads task.path after its lease, other workers go on with the rest": """
-slow, quick = Q(timeout_stale_ms=100), Q("node-2")
-slow.push_many([b"read slowly", b"next"])
-task = slow.pop()
-with open(task.path, "rb") as payload:
-    time.sleep(0.3)
-    assert quick.pop().data == b"next"
-    assert payload.read() == b"read slowly"
-assert quick.pop(3).data == b"read slowly"
-""",
-    "run handles tasks, keeps leases alive, and ends by SIGINT after the task in hand": """
-import signal
-q = Q(timeout_stale_ms=300)
-ids = q.push_many([b"short", b"long", b"stop", b"next"])
+    "run keeps leases alive, and ends by SIGINT after the task in hand": """
+q = FemtoQueue("queue", "node", timeout_stale_ms=300)
+ids = q.push_many([b"long", b"stop", b"next"])
 def handle(task):
-    if task.data == b"long":
-        time.sleep(0.8)
+    time.sleep(0.8)
+    assert not task.lost
     if task.data == b"stop":
         signal.raise_signal(signal.SIGINT)
-    assert not task.lost
 try:
     q.run(handle)
 except KeyboardInterrupt:
-    assert [q.status(id) for id in ids] == ["done", "done", "done", "pending"]
-else:
-    raise AssertionError
+    sys.exit([q.status(id) for id in ids] != ["done", "done", "pending"])
+raise AssertionError
 """,
-    "a virus scanner's sharing violation passes: the verdict is made, and run goes on": """
-import errno
-def refusing(real, refused):
-    def call(source, target, *rest):
-        if f"/{state}/" in target and len(refused) < 3:
-            refused.append(target)
-            error = PermissionError(errno.EACCES, "The process cannot access the file", source)
-            error.winerror = 32
-            raise error
-        return real(source, target, *rest)
-    return call
-def handle(task):
-    assert task.data == b"2" or state == "done"
-calls = {name: getattr(os, name) for name in ("rename", "replace", "link")}
-for state, handled in ("done", 2), ("failed", 1), ("scheduled", 1):
-    refused = []
-    q = Q(max_attempts=1 if state == "failed" else None)
-    ids = q.push_many([b"1", b"2"])
-    for name, real in calls.items():
-        setattr(os, name, refusing(real, refused))
-    assert q.run(handle, until_empty=True) == handled and refused
-    assert [q.status(id) for id in ids] == [state, "done"]
-""",
-    "push, status, list, run, requeue, cancel and purge work from a shell": r"""
+    "the command line works; what separates names or streams there is in no id and no node_id": r"""
 def cli(*words):
     return femtoqueue.main(["queue", *words])
-
-with open("payload", "w") as file:
-    file.write("from a file")
-assert cli("status") == 1
-assert cli("push", "payload") == 0
-assert cli("status") == cli("status", "--json") == cli("list", "pending") == 0
+assert cli("status") == 1 and cli("push", __file__) == cli("status") == cli("list", "pending") == 0
 copy = "import sys; open('copy', 'w').write(sys.stdin.read())"
 assert cli("run", "--until-empty", "--", sys.executable, "-c", copy) == 0
-assert open("copy").read() == "from a file"
-(id,) = Q().ids("done")
-assert cli("requeue", id) == cli("cancel", id) == 0
-assert cli("cancel", id) == cli("purge", "failed", "0s") == 1
-""",
-    "an id from outside never becomes a path: what separates names there is in no id": r"""
-import ntpath
-q = Q()
-os.path.basename, seen = ntpath.basename, []
-os.lstat, os.path.lexists = seen.append, seen.append
-for name in ("..\\..\\file", "x\\file"):
-    id = "1700000000000000_" + name
-    assert (q.status(id), q.cancel(id), q.requeue(id), seen) == (None, False, False, [])
-""",
-    "a node_id that no file's name can have is a ValueError, and nothing is written": r"""
-for node_id in ("host:8080", "a\\b", 'a"b', "a?", "a*", "a|b", "<a>"):
-    try:
-        Q(node_id)
-        raise AssertionError
-    except ValueError as error:
-        assert "node_id" in str(error) and not os.path.exists("queue")
+assert os.path.getsize("copy") == os.path.getsize(__file__)
+open(f"queue/done/1700000000000000_x\\y", "w").close()
+assert FemtoQueue("queue", "node").status("1700000000000000_x\\y") is None
+try:
+    FemtoQueue("queue", "host:8080")
+except ValueError:
+    sys.exit()
+raise AssertionError
 """,
 }
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="Windows is played on Linux only")
-@pytest.mark.parametrize("hard_links", [True, False], ids=["", "FAT"])
 @pytest.mark.parametrize("promise", ON_WINDOWS)
-def test_on_windows(tmp_path: Path, promise: str, hard_links: bool) -> None:
+def test_on_windows(tmp_path: Path, promise: str) -> None:
     """On Windows the module imports and works, without process liveness and without directory fsync."""
-    code = [
-        "from __future__ import annotations\nimport argparse, builtins, datetime, errno, json, logging, os",
-        "import queue, shutil, signal, stat, subprocess, sys, time, threading, typing",
-        f"Any = typing.Any\n{inspect.getsource(become_windows)}\nbecome_windows()\n{PRELUDE}",
-        "def Q(node_id='node-1', **options): return FemtoQueue('queue', node_id, **options)",
-        ON_WINDOWS[promise],
-    ]
-    more = {} if hard_links else {"NO_HARD_LINKS": "1"}
-    execute(sys.executable, "-c", "\n".join(code), cwd=tmp_path, env=os.environ | more)
+    code = (BECOME_WINDOWS + PRELUDE + ON_WINDOWS[promise]).encode()
+    execute(sys.executable, put(tmp_path / "program.py", code), cwd=tmp_path)
 
 
 # ====================================================================================================
@@ -6143,153 +5495,80 @@ def test_on_windows(tmp_path: Path, promise: str, hard_links: bool) -> None:
 
 SOURCES = ("femtoqueue.py", "benchmark_mini.py", "test_femtoqueue.py", "README.md", "LICENSE")
 SOURCES += ("pyproject.toml", ".ci/backend.py")
-IN_WHEEL = {"femtoqueue/__init__.py", "femtoqueue/__main__.py", "femtoqueue/py.typed"}
-INFO_IN_WHEEL = {"METADATA", "RECORD", "WHEEL", "entry_points.txt", "licenses/LICENSE", "top_level.txt"}
-EGG_INFO = {"PKG-INFO", "SOURCES.txt", "dependency_links.txt", "entry_points.txt", "requires.txt"}
-EGG_INFO |= {"top_level.txt"}
 # A program of somebody else's. A line with "# wrong" has one mistake that only annotations tell.
 USER = b"""
 from datetime import datetime, timezone
-from pathlib import Path
-
 from femtoqueue import STATES, FemtoQueue, FemtoQueueError, FemtoTask, NotInProgress
-
 
 def handle(task: FemtoTask) -> int:
     return len(task.data) + task.attempt
 
-
-def main(directory: Path) -> dict[str, int]:
-    with FemtoQueue(directory, "node", max_attempts=3, maxsize=100) as q:
-        id: str = q.push(bytearray(b"x"))
-        ids: list[str] = q.push_many(b"%d" % number for number in range(3))
-        due: str = q.schedule(memoryview(b"y"), datetime.now(timezone.utc))
-        task: FemtoTask | None = q.pop(timeout=None)
-        if task:
-            try:
-                q.touch(task)
-                q.retry(task, 1_000)
-                q.fail(task, "why")
-            except NotInProgress as lost:
-                error: FemtoQueueError = lost
-                print(error)
-        state: str | None = q.status(id)
-        pids: list[int] = [claim["pid"] for claim in q.claims()]
-        print(state, q.reason(id), pids, ids, due, [*q.ids("pending")], STATES, q.cancel(id))
-        count: int = q.run(handle, until_empty=True, also=[q]) + q.purge("done", 3600.0)
-        return {**q.counts(), "handled": count}
-
-
-q = FemtoQueue("queue", "node")
+with FemtoQueue("queue", "node", max_attempts=3, maxsize=100) as q:
+    ids: list[str] = [q.push(bytearray(b"x")), *q.push_many(b"%d" % number for number in range(3))]
+    due: str = q.schedule(memoryview(b"y"), datetime.now(timezone.utc))
+    try:
+        if task := q.pop(timeout=None):
+            q.retry(task, 1_000)
+            q.fail(task, "why")
+    except NotInProgress as lost:
+        error: FemtoQueueError = lost
+    state: str | None = q.status(due)
+    count: int = q.run(handle, until_empty=True, also=[q]) + q.purge("done", 3600.0)
+    print(q.reason(due), [claim["pid"] for claim in q.claims()], [*q.ids("pending")], STATES)
 q.push("text")  # wrong
-q.push_many(["text"])  # wrong
 q.pop().data  # wrong
 q.done(None)  # wrong
 q.schedule(b"x", "tomorrow")  # wrong
-q.no_such_call()  # wrong
-FemtoQueue("queue")  # wrong
 number: int = q.push(b"x")  # wrong
 """
 
 
-def environment(**more: str) -> dict[str, str]:
-    """This process's environment, without what leads to the checkout."""
-    hidden = ("PYTHONPATH", "PYTHONHOME", "MYPYPATH")
-    return {name: value for name, value in os.environ.items() if name not in hidden} | more
+# Nothing leads to the checkout.
+AWAY = os.environ | {"PYTHONPATH": "", "MYPYPATH": ""}
 
 
-@pytest.fixture(scope="session")
-def packages(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """The wheel and the sdist that it was built from."""
-    pytest.importorskip("build")
-    pytest.importorskip("setuptools")
-    if not (HERE / ".ci" / "backend.py").exists():
-        pytest.skip("this is not a checkout: there is nothing to build")
-    tree = tmp_path_factory.mktemp("packages") / "tree"
-    for name in SOURCES:
-        put(tree / name, (HERE / name).read_bytes())
-    execute(sys.executable, "-m", "build", "--no-isolation", cwd=tree, env=environment())
-    (wheel,), (sdist,) = (tree / "dist").glob("*.whl"), (tree / "dist").glob("*.tar.gz")
-    return wheel, sdist
+@pytest.mark.skipif(not (HERE / ".ci").exists(), reason="this is no checkout")
+def test_an_installed_femtoqueue_runs(tmp_path: Path) -> None:
+    """Built and installed, it is `import femtoqueue`, `python -m femtoqueue` and `femtoqueue`, and typed.
 
-
-def test_the_packages_hold_what_they_should(packages: tuple[Path, Path], tmp_path: Path) -> None:
-    """The wheel: the module byte for byte, two more files that a package needs, and its metadata.
-
-    The sdist: the repository's own files and the generated metadata. A checkout makes the same wheel.
+    The wheel is built from the sdist, so that both are whole. The module is there byte for byte.
     """
-    top = f"femtoqueue-{femtoqueue.__version__}"
-
-    def read(wheel: Path) -> dict[str, bytes]:
-        with zipfile.ZipFile(wheel) as archive:
-            return {name: archive.read(name) for name in archive.namelist()}
-
-    wheel = read(packages[0])
-    assert set(wheel) == IN_WHEEL | {f"{top}.dist-info/{name}" for name in INFO_IN_WHEEL}
-    assert wheel["femtoqueue/__init__.py"] == MODULE.read_bytes()
-    assert wheel["femtoqueue/py.typed"] == b""
-    metadata = wheel[f"{top}.dist-info/METADATA"].decode()
-    assert "\nLicense-Expression: MIT\n" in metadata and "\nRequires-Python: >=3.10\n" in metadata
-    assert all("extra ==" in line for line in metadata.splitlines() if line.startswith("Requires-Dist"))
-    wanted = {*SOURCES, "PKG-INFO", "setup.cfg"} | {f"femtoqueue.egg-info/{name}" for name in EGG_INFO}
-    with tarfile.open(packages[1]) as sdist:
-        assert {m.name for m in sdist if not m.isdir()} == {f"{top}/{name}" for name in wanted}
-        module = sdist.extractfile(f"{top}/femtoqueue.py")
-        assert module and module.read() == MODULE.read_bytes()
-    command = (sys.executable, "-m", "build", "--no-isolation", "--wheel", "--outdir", tmp_path)
-    execute(*command, packages[0].parents[1], env=environment())
-    assert read(*tmp_path.glob("*.whl")) == wheel
-
-
-def test_an_installed_femtoqueue_runs(packages: tuple[Path, Path], tmp_path: Path) -> None:
-    """Installed, it is `import femtoqueue`, `python -m femtoqueue` and `femtoqueue`."""
-    pytest.importorskip("pip")
-    home = tmp_path / "venv"
-    venv.create(home, symlinks=os.name != "nt")
-    scripts = home / ("Scripts" if os.name == "nt" else "bin")
-    execute(
-        *(
-            sys.executable,
-            "-m",
-            "pip",
-            "--python",
-            scripts / "python",
-            "install",
-            "--quiet",
-            "--no-index",
-        ),
-        *("--no-deps", "--ignore-installed", "--no-warn-script-location"),
-        *("--disable-pip-version-check", "--prefix", home, packages[0]),
-        env=environment(),
-        cwd=home,
-    )
-    options: dict[str, Any] = {"cwd": tmp_path, "env": environment()}
-    path = execute(scripts / "python", "-c", "import femtoqueue as f; print(f.__file__)", **options)
-    module = Path(path.strip())
-    assert module.parts[-2:] == ("femtoqueue", "__init__.py")
-    assert module.read_bytes() == MODULE.read_bytes()
-    for command in ([scripts / "python", "-m", "femtoqueue"], [scripts / "femtoqueue"]):
+    for module in ("build", "setuptools", "pip"):
+        pytest.importorskip(module)
+    for name in SOURCES:
+        put(tmp_path / "tree" / name, (HERE / name).read_bytes())
+    tree, home = tmp_path / "tree", tmp_path / "venv"
+    options: dict[str, Any] = {"cwd": tmp_path, "env": AWAY}
+    execute(sys.executable, "-m", "build", "--no-isolation", tree, **options)
+    with tarfile.open(*(tree / "dist").glob("*.tar.gz")) as sdist:
+        assert {*SOURCES} <= {name.partition("/")[2] for name in sdist.getnames()}
+    (wheel,) = (tree / "dist").glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        assert archive.read("femtoqueue/__init__.py") == MODULE.read_bytes()
+        assert "femtoqueue/py.typed" in archive.namelist()
+    venv.create(home, symlinks=True)
+    pip = [sys.executable, "-m", "pip", "--python", home / "bin" / "python", "install"]
+    execute(*pip, "--no-index", "--no-deps", wheel, **options)
+    for command in ([home / "bin" / "python", "-m", "femtoqueue"], [home / "bin" / "femtoqueue"]):
         version = execute(*command, "--version", **options)
         assert version == f"femtoqueue {femtoqueue.__version__}\n"
-        id = execute(*command, "queue", "push", module, **options)
+        id = execute(*command, "queue", "push", MODULE, **options)
         assert execute(*command, "queue", "list", "pending", **options).endswith(id)
-        execute(*command, "queue", "no-such-command", succeeds=False, **options)
 
 
-@pytest.mark.parametrize("system", ["Linux", "Darwin", "Windows"])
+@pytest.mark.parametrize("system", ["linux", "darwin", "win32"])
 @pytest.mark.parametrize("checker", ["mypy", "pyright"])
 def test_a_copied_file_is_typed(tmp_path: Path, checker: str, system: str) -> None:
     """A user's program beside a copy of the file: its mistakes are found, on each system, and no more."""
     pytest.importorskip(checker)
     put(tmp_path / "user.py", USER)
-    shutil.copyfile(MODULE, tmp_path / "femtoqueue.py")
-    platform = {"Windows": "win32"}.get(system, system.lower())
+    shutil.copy(MODULE, tmp_path)
     options = {
-        "mypy": ["--strict", "--config-file=", "--python-version=3.10", "--platform", platform],
-        "pyright": ["--pythonversion=3.10", "--pythonplatform", system],
+        "mypy": f"--strict --config-file= --python-version=3.10 --platform {system}",
+        "pyright": f"--pythonversion=3.10 --pythonplatform {system.title().replace('Win32', 'Windows')}",
     }[checker]
-    command = (sys.executable, "-m", checker, *options, "user.py", "femtoqueue.py")
-    out = executed(*command, cwd=tmp_path, env=environment()).stdout
+    command = (sys.executable, "-m", checker, *options.split(), "user.py", "femtoqueue.py")
+    out = executed(*command, cwd=tmp_path, env=AWAY).stdout
     if checker == "pyright" and "0 informations" not in out:
         pytest.skip(f"pyright does not run here: {out.strip()[-200:]}")
     found = {(name, int(line)) for name, line in re.findall(r"(\w+)\.py:(\d+).*? error", out)}
