@@ -1111,6 +1111,34 @@ def test_killed(queue: FemtoQueue, serve: Spawn, now: Time, node_id: str, who: s
     assert f"~{worker.pid}~" not in " ".join(os.listdir(directory / "in_progress")), "nothing is left"
 
 
+SYS_EXIT = {"x86_64": 60, "aarch64": 93}.get(platform.machine())
+
+
+@pytest.mark.skipif(SYS_EXIT is None, reason="the number of the exit system call is not known here")
+def test_zombie_leader(directory: Path, queue: FemtoQueue, spawn: Spawn) -> None:
+    """A worker whose main thread has ended is alive while another thread of it works."""
+    code = f"""
+import ctypes, threading
+queue = FemtoQueue(sys.argv[1], "node-2")
+task = queue.pop()
+def work():
+    print("claimed", flush=True)
+    sys.stdin.readline()
+    queue.done(task)
+    os._exit(0)
+threading.Thread(target=work).start()
+ctypes.CDLL(None).syscall({SYS_EXIT}, 0)
+"""
+    worker = spawn(code, directory)
+    expect(worker, "claimed")
+    process_stat = Path(f"/proc/{worker.pid}/stat")
+    assert becomes("Z", lambda: process_stat.read_text().rpartition(")")[2].split()[0])
+    assert drained(FemtoQueue(directory, "node-3")) == [b"b"]
+    say(worker)
+    assert ending(worker)[1] == 0
+    assert queue.counts()["done"] == 2
+
+
 @needs_pid_namespace
 @pytest.mark.parametrize("under", [NEW_PIDS, NEW_PIDS_OLD_PROC], ids=["PID reused", "foreign /proc"])
 def test_a_process_is_told_from_others(directory: Path, queue: FemtoQueue, under: list[str]) -> None:
