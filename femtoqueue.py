@@ -877,16 +877,13 @@ class _Consumer:
                 continue
             if place.troubles and place.passes_over(f"{directory}/{name}"):
                 continue
-            for again in (False, True):  # a passing fault costs no turn
-                try:
-                    if task := self._claim(name, directory, listing, mine):
-                        return task
-                    break
-                except OSError as error:
-                    if self._is_everywhere(error):
-                        raise
-                    if again:
-                        place.set_aside(f"{directory}/{name}", error)
+            try:
+                if task := self._claim(name, directory, listing, mine):
+                    return task
+            except OSError as error:
+                if self._is_everywhere(error):
+                    raise
+                place.set_aside(f"{directory}/{name}", error)
             tried[name] = tried.get(name, 0) + 1
         return None
 
@@ -1065,7 +1062,7 @@ class _Listing:
         self._lock = _thread.RLock()  # held by who opens buckets
         top = place.path["pending"]
         self._cut = len(top) + 1
-        entries = _twice(lambda: list(place.entries(top)))
+        entries = list(place.entries(top))
         # Both in descending order, so that the next one is the last.
         self._buckets = sorted((entry.path for entry in entries if _is_bucket(entry)), reverse=True)
         self._hand: list[tuple[str, str]] = []  # name and directory
@@ -1313,7 +1310,7 @@ class _Keeper:
         for _, id, used, path in sorted(tasks)[: None if whole else _BATCH]:
             place_us, name = _place_for(id, used, place.clock, is_new)
             try:
-                moved += _twice(self._pending.put, path, place_us, name) is not None
+                moved += self._pending.put(path, place_us, name) is not None
             except OSError as error:
                 if error.errno in (*_FULL, *_SCARCE):
                     place.set_aside(place.root, error)  # so it is with all of them
@@ -2203,7 +2200,7 @@ class _Place:
         """The names of the regular files in it; none if it is gone, or must be passed over."""
         if not self.passes_over(directory):
             try:
-                return _twice(self.files, directory)
+                return self.files(directory)
             except OSError as error:
                 self.set_aside(directory, error)
         return ()
@@ -2395,10 +2392,6 @@ class _Clock:
         for owner in place.inner("in_progress"):
             for name in place.names(owner):
                 times_us.append(_time_of(name))
-                # A deadline set when the wall clock was ahead would come too late. The clock need not
-                # start above that, only above when the lease began, which is the file's change time.
-                if (claim := _parse(name)) and (info := _lstat(f"{owner}/{name}")):
-                    times_us.append(min(info.st_ctime_ns // 1_000, claim[2]))
         return max(time_us for time_us in times_us if time_us < _CLOCK_END_US)
 
 
@@ -2784,11 +2777,6 @@ def _rename(source: str, target: str, patience: int = 20 if os.name == "nt" else
         if not patience:
             raise
     except OSError as error:
-        # Over NFS, ESTALE comes when it was done, and when another was quicker.
-        if error.errno == errno.ESTALE and (_holds(target) or _holds(source)):
-            if _holds(source):
-                raise
-            return True
         if not _is_gone(error, source):
             raise
         return False
@@ -2846,14 +2834,6 @@ def _try(call: Callable[..., object], *arguments: object) -> None:
         call(*arguments)
     except OSError:
         pass
-
-
-def _twice(call: Callable[..., T], *arguments: object) -> T:
-    """Call again upon an OSError: a passing fault must not change the order."""
-    try:
-        return call(*arguments)
-    except OSError:
-        return call(*arguments)
 
 
 def _scan(directory: str | os.DirEntry[str]) -> Iterator[os.DirEntry[str]]:
@@ -3082,8 +3062,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _complain(message: object) -> int:
     try:
-        if sys.stderr is not None:
-            print(f"femtoqueue: {message}", file=sys.stderr)
+        print(f"femtoqueue: {message}", file=sys.stderr)
     except OSError:
         pass  # nobody reads that any more
     return 1
@@ -3210,7 +3189,6 @@ def _command_run(options: argparse.Namespace) -> int:
     console = logging.StreamHandler()
     console.setFormatter(formatter)
     logging.getLogger("femtoqueue").addHandler(console)
-    logging.raiseExceptions = False  # a log that nobody reads any more is no reason to stop
 
     def handle(task: FemtoTask) -> None:
         status = _run_command([options.cmd, *options.arguments], task)
