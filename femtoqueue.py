@@ -2777,6 +2777,9 @@ def _rename(source: str, target: str, patience: int = 20 if os.name == "nt" else
         if not patience:
             raise
     except OSError as error:
+        # Over NFS, ESTALE comes when it was done, and when another was quicker.
+        if error.errno == errno.ESTALE and _holds(target):
+            return True
         if not _is_gone(error, source):
             raise
         return False

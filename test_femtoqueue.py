@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The promises of femtoqueue, each held by tests, in the sections and the order of the contract.
+"""The promises of femtoqueue, each held by tests, in the order in which README gives them.
 
 Processes are real ones, kills are SIGKILL, time is handed in by patching `time.time`,
 `time.clock_gettime` and `time.sleep`, and faults are injected at each system call in turn.
