@@ -1,4 +1,5 @@
 # SPDX-License-Identifier: MIT
+# SPDX-FileCopyrightText: 2026 the femtoqueue authors
 """A durable task queue in one file and one directory, for many threads, processes and crashes.
 
     from femtoqueue import FemtoQueue
@@ -1581,13 +1582,14 @@ class _Worker:
         import traceback
 
         most = parts.place.max_attempts
-        of = f" of {most}" if most < _MAX_ATTEMPT else ""
-        text = f"{type(error).__name__}: {error}"
-        _log("%s: attempt %s%s failed: %s", task.id, task.attempt, of, text, error=error)
+        delay_us = 1_000_000 * min(2 ** min(task.attempt - 1, 12), 3_600)
+        # More or less by up to half: what failed together must not come back together.
+        delay_us = int(delay_us * (0.5 + os.urandom(1)[0] / 255))
+        what = f"attempt {task.attempt} failed, again in {delay_us / 1e6:.1f} s"
+        if task._finished or task.attempt >= most:
+            what = f"attempt {task.attempt} failed, the last one"
+        _log("%s: %s: %s: %s", task.id, what, type(error).__name__, error, error=error)
         if not task._finished:
-            delay_us = 1_000_000 * min(2 ** min(task.attempt - 1, 12), 3_600)
-            # More or less by up to half: what failed together must not come back together.
-            delay_us = int(delay_us * (0.5 + os.urandom(1)[0] / 255))
             parts.claims.retry(task, delay_us, "".join(traceback.format_exception(error)))
 
     def _keep_alive(self, ended: threading.Event) -> None:
@@ -1746,7 +1748,7 @@ class _Looking:
 
     def _is_harmless(self, id: str) -> bool:
         """May this become part of a path? It comes from outside: an id by our grammar is harmless."""
-        _check("id", id, "str")
+        _check("id", id, "str such as task.id")
         return not _FORBIDDEN & set(id) and _is_id(id)
 
     def _find_quickly(self, id: str, states: Collection[str]) -> Iterator[tuple[str, str]]:
@@ -2949,7 +2951,7 @@ def _check_state(state: str, states: Sequence[str]) -> str:
 
 
 def _check_node_id(node_id: str) -> None:
-    _check("node_id", node_id, "str")
+    _check("node_id", node_id, "str such as socket.gethostname()")
     if not (node_id and node_id.isascii() and node_id.isprintable()) or _FORBIDDEN & set(node_id):
         no = " ".join(sorted(_FORBIDDEN))
         raise ValueError(f"node_id: {node_id!r} must be printable ASCII, not empty, and without {no}")
@@ -2965,7 +2967,8 @@ def _as_bytes(data: object) -> bytes:
     try:
         return bytes(memoryview(data))  # type: ignore[arg-type]
     except TypeError:
-        raise TypeError(f"data: expected a bytes-like object, got {type(data).__name__}") from None
+        got = f"got {type(data).__name__}; push json.dumps(it).encode()"
+        raise TypeError(f"data: expected a bytes-like object, {got}") from None
 
 
 def _as_path(name: str, path: Any) -> str:
@@ -2984,7 +2987,8 @@ def _as_due_us(time_us: int | datetime.datetime) -> int:
         time_us = round(time_us.timestamp() * 1_000_000)
     if not isinstance(time_us, int):
         raise TypeError(
-            f"time_us: expected int microseconds or an aware datetime, got {type(time_us).__name__}"
+            "time_us: expected int microseconds, such as int(time.time() * 1_000_000), or an aware "
+            f"datetime, such as datetime.now(timezone.utc) + delay; got {type(time_us).__name__}"
         )
     if not 10**14 <= time_us < _MAX_US:
         raise ValueError(
@@ -2997,10 +3001,10 @@ def _as_due_us(time_us: int | datetime.datetime) -> int:
 def _check_has_run(result: object) -> None:
     kind = type(result).__name__
     if hasattr(result, "__await__") or kind in ("generator", "async_generator"):
-        raise TypeError(
-            f"handler: returned a {kind}, which has not run; "
-            "if it is async, hand over lambda task: asyncio.run(handler(task))"
-        )
+        remedy = "hand over lambda task: asyncio.run(handler(task))"
+        if "generator" in kind:
+            remedy = "a handler has no yield"
+        raise TypeError(f"handler: returned a {kind}, which has not run; {remedy}")
 
 
 # --- the command line ---------------------------------------------------------------------------------
