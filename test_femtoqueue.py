@@ -3247,6 +3247,8 @@ def check_fault(stage: Stage, name: str, at: int, step: str, error: str, how: st
             assert len(fates) == 1 and {*fates} <= allowed[payload], f"{payload!r} is {fates}"
         if raised:
             case.check_source(stage.directory, returned=False, error=True)
+            drafts = {path.name for path in stage.directory.glob("creating/*_*")}
+            assert step == "unlink" or not drafts, "a draft was left, and the disk stays full"
     # What stays broken may not be withdrawn: made again, it would be there twice.
     adds = lasts and "gone" in {fates[0] for fates in case.fates.values()}
     if raised and not adds and (stage.source.exists() or "push_file" not in name):
