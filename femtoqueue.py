@@ -2195,8 +2195,9 @@ class _Place:
 
     def inner(self, state: str) -> list[str]:
         """The paths of the buckets, or owners' directories, of a state, in order."""
-        is_inner = _is_owner if state == "in_progress" else _is_bucket
-        return sorted({entry.path for entry in self.entries(self.path[state]) if is_inner(entry)})
+        if state == "in_progress":
+            return sorted({path for path, _ in self.owners()})
+        return sorted({entry.path for entry in self.entries(self.path[state]) if _is_bucket(entry)})
 
     def names(self, directory: str) -> Collection[str]:
         """The names of the regular files in it; none if it is gone, or must be passed over."""
@@ -2213,10 +2214,12 @@ class _Place:
 
     def owners(self) -> list[tuple[str, _OwnerName]]:
         """The directories of all owners, and what their names tell."""
-        entries = self.entries(self.path["in_progress"])
-        directories = (entry for entry in entries if entry.is_dir(follow_symlinks=False))
-        named = ((entry.path, _parse_owner(entry.name)) for entry in directories)
-        return [(path, owner) for path, owner in named if owner]
+        named = ((entry, _parse_owner(entry.name)) for entry in self.entries(self.path["in_progress"]))
+        return [
+            (entry.path, owner)
+            for entry, owner in named
+            if owner and entry.is_dir(follow_symlinks=False)
+        ]
 
     def look_for_owners(self) -> list[tuple[str, _OwnerName]]:
         """The owners; note if there are other processes among them, and other machines."""
@@ -2683,10 +2686,6 @@ def _is_bucket(entry: os.DirEntry[str]) -> bool:
     digits, dot, token = entry.name.partition(".")
     named = _is_digits(digits, 16) and (not dot or _is_hex(token, 8))
     return named and entry.is_dir(follow_symlinks=False)
-
-
-def _is_owner(entry: os.DirEntry[str]) -> bool:
-    return _parse_owner(entry.name) is not None and entry.is_dir(follow_symlinks=False)
 
 
 def _read_text(path: str) -> str | None:
