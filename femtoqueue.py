@@ -827,15 +827,14 @@ class _Consumer:
                 task = self._first_of(listing, {}, mine)
                 if task is not None:
                     return task  # the usual case
-            for again in (False, True):
-                uneasy, before = bool(place.troubles), place.passed_over
-                task = self._look_everywhere(mine)
-                if task is not None or not (uneasy or place.passed_over != before):
-                    return task
+            task = self._look_everywhere(mine)
+            if task is None and place.troubles:
+                place.troubles.clear()
                 self._keeper.hurry()
-                if not again:
-                    place.troubles.clear()
-            raise OSError(*place.last_trouble)
+                task = self._look_everywhere(mine)
+                if task is None:
+                    place.raise_trouble()
+            return task
         except BaseException:  # out of a signal handler, it can come anywhere
             self._put_back(mine)
             raise
@@ -1421,12 +1420,10 @@ class _Keeper:
         place.forget_troubles()
         names = [entry.name for entry in place.entries(place.owner.directory)]
         tasks = self._tasks(place.owner.directory, names)
-        before = place.passed_over
         # In the order of their ids.
         self._move([(0, *task[1:]) for task in tasks], is_new=False, whole=True)
         place.sync()
-        if place.passed_over != before:
-            raise OSError(*place.last_trouble)
+        place.raise_trouble()
         _try(os.rmdir, place.owner.directory)
 
     def _warn_of_clocks(self) -> None:
@@ -2002,8 +1999,6 @@ class _Place:
         self.clock = _Clock(self)
         # By path: what cannot be had is set aside for a minute, with its error as OSError takes it.
         self.troubles: dict[str, tuple[int | None, str | None, object]] = {}
-        self.last_trouble: tuple[int | None, str | None, object] = (None, None, None)
-        self.passed_over = 0  # how often something was, or is still, set aside
         self.has_company = False  # other processes claim tasks, as far as the last look told
         self.has_hosts = False  # other machines or containers do
         self.returns = 0  # how many tasks it made pending, perhaps before what is listed already
@@ -2232,18 +2227,19 @@ class _Place:
     def set_aside(self, path: str, error: OSError) -> None:
         """Note what cannot be had, for a minute, and log it once in that time."""
         # Not the error itself: its traceback's frames would keep the queue alive.
-        self.last_trouble = error.errno, error.strerror, error.filename or path
-        self.troubles[path] = self.last_trouble
-        self.passed_over += 1
+        self.troubles[path] = error.errno, error.strerror, error.filename or path
         if path not in self._told:
             self._told.add(path)
             _log("%s; it is passed over", str(error))
 
     def passes_over(self, path: str) -> bool:
         """Is this set aside?"""
-        found = path in self.troubles
-        self.passed_over += found
-        return found
+        return path in self.troubles
+
+    def raise_trouble(self) -> None:
+        """Raise one of what is set aside, if anything is."""
+        for trouble in list(self.troubles.values()):
+            raise OSError(*trouble)
 
     def forget_troubles(self) -> None:
         """Try all of it again, and log it again: a minute is over."""
