@@ -741,8 +741,9 @@ class _Buckets:
                 if _rename(source, target):
                     if self._place.durable:
                         old = os.path.dirname(source)
-                        is_draft = old == self._place.path["creating"]  # no task, if it comes back
-                        self._place.note(bucket.path, *(() if is_draft else (old,)))
+                        if old != self._place.path["creating"]:  # what comes back there is no task
+                            self._place.note_old(old)
+                        self._place.note(bucket.path)
                     return bucket.path
             except BaseException as error:
                 _try(_rename, target, source)  # a signal handler may raise after the rename
@@ -2005,8 +2006,7 @@ class _Place:
         self._told: set[str] = set()
         self._gift: tuple[int, int] | None = None  # owner and group of the directory, once root asked
         changes = _Changes(self.durable)
-        self.note, self.note_old = changes.note, changes.note_old
-        self.sync, self.forget_changes = changes.sync, changes.forget
+        self.note, self.note_old, self.sync = changes.note, changes.note_old, changes.sync
         self.waiting: set[_Waiting] = set()
         self.runs: list[tuple[int, Any]] = []  # a thread, and the lock that it holds while it runs
 
@@ -2027,10 +2027,12 @@ class _Place:
                 f"{self.root} has layout {layout}, and this copy of femtoqueue.py knows {_LAYOUT}; "
                 "replace the copy by a later version"
             )
-        try:  # even if it was there: whoever made it need not have been durable
-            self.sync(os.path.dirname(self.root), self.root)
-        except PermissionError:
-            self.forget_changes()  # of a directory that may only be passed through
+        # Even if it was there: whoever made it need not have been durable.
+        for directory in (os.path.dirname(self.root), self.root) if self.durable else ():
+            try:
+                _sync_directory(directory)
+            except PermissionError:
+                pass  # it may only be passed through
 
     def _read_layout(self) -> int | None:
         """The version that the directory says it has; None if it says nothing."""
@@ -2147,7 +2149,8 @@ class _Place:
             if not _rename(source, target):
                 return False
         if self.durable:
-            self.note(os.path.dirname(target), os.path.dirname(source))
+            self.note_old(os.path.dirname(source))
+            self.note(os.path.dirname(target))
         return True
 
     def finish(self, path: str, state: str, id: str, reason: str | None = None) -> bool:
@@ -2284,18 +2287,14 @@ class _Changes:
         self._lock = _thread.RLock()  # reentrant: a signal handler may push in the midst of a push
         self._sync_lock = _thread.RLock()
 
-    def note(self, new: str, *old: str) -> None:
-        """Have them synced by the next `sync`: after the rename, another may sync at once."""
+    def note(self, directory: str) -> None:
+        """Have it synced by the next `sync`."""
         if self._durable:
             with self._lock:
-                first = {directory: None for directory in old if directory not in self._touched}
-                if new in self._touched:
-                    self._touched = {**first, **self._touched}
-                else:
-                    self._touched.update({**first, new: None})
+                self._touched.setdefault(directory)
 
     def note_old(self, directory: str) -> None:
-        """Have an old side synced before all that is noted by now."""
+        """Have an old side synced before all that is noted by now. Another thread may sync at once."""
         if self._durable:
             with self._lock:
                 self._touched = {directory: None, **self._touched}
@@ -2325,11 +2324,6 @@ class _Changes:
             directory = next(iter([*self._touched]), "")
             self._touched.pop(directory, None)
             return directory
-
-    def forget(self) -> None:
-        """Give up what is noted."""
-        with self._lock:
-            self._touched = {}
 
 
 # --- time ---------------------------------------------------------------------------------------------
