@@ -1478,7 +1478,7 @@ class _Worker:
         self._before: dict[int, Any] = {}  # the handlers of signals
         self._count = 0
         self._complain_us = 0
-        self._waiting = _Waiting()
+        self._waiting = _Waiting(*(parts.place.waiting for parts in queues))
         self._pid = os.getpid()
 
     def run(self, until_empty: bool) -> int:
@@ -1488,16 +1488,14 @@ class _Worker:
         self._defer_signals()
         run[1].acquire()
         for place in places:
-            place.waiting.add(self._waiting)
             place.runs.append(run)
         try:
-            return self._loop(until_empty)
+            with self._waiting:
+                return self._loop(until_empty)
         except _SecondSignal:
             return self._count  # the task is given back, and the signal follows
         finally:
-            self._waiting.close()
             for place in places:
-                place.waiting.discard(self._waiting)
                 place.runs.remove(run)
             run[1].release()
             self._release_signals()
@@ -1848,8 +1846,8 @@ class _Waiting:
     Where that cannot be had, their change times are looked at every 9 ms.
     """
 
-    def __init__(self, among: set[_Waiting] | None = None) -> None:
-        self._among = among  # those that `stop` wakes
+    def __init__(self, *among: set[_Waiting]) -> None:
+        self._among = among  # those that `stop` wakes, of each place
         self._lock = _thread.RLock()  # a signal handler may wake what it interrupts
         self._rung = False
         self._inotify = self._bell = -1
@@ -1859,13 +1857,13 @@ class _Waiting:
         self._watched: dict[str, float] = {}  # with the change time, where that must do
 
     def __enter__(self) -> _Waiting:
-        if self._among is not None:
-            self._among.add(self)
+        for waits in self._among:
+            waits.add(self)
         return self
 
     def __exit__(self, *exception: object) -> None:
-        if self._among is not None:
-            self._among.discard(self)
+        for waits in self._among:
+            waits.discard(self)
         self.close()
 
     def _open(self) -> None:
