@@ -142,7 +142,6 @@ class FemtoTask:
     _bucket = ""  # the directory that it was claimed from
     _verdict = ""  # the state that the claim was moved to
     _finished = False  # and that is on disk, if it was asked for
-    _was_taken = False
     _since_us = 0  # when it was claimed, and when its lease ends, by the queue clock
     _deadline_us = _MAX_US
     _clock: _Clock | None = None
@@ -174,9 +173,7 @@ class FemtoTask:
 
         In another process, which got the task pickled, this is known once `touch` was called there.
         """
-        if self._verdict or self._clock is None:
-            return self._was_taken
-        return self._was_taken or self._clock.now() > self._deadline_us
+        return not self._verdict and self._clock is not None and self._clock.now() > self._deadline_us
 
     def __getstate__(self) -> dict[str, object]:
         return {name: value for name, value in vars(self).items() if name not in ("queue", "_clock")}
@@ -1201,7 +1198,7 @@ class _Claims:
             if path is None:
                 if self._was_moved_by_us(task, verdict, failed=False):
                     return
-                task._was_taken = True
+                task._deadline_us, task._clock = 0, self._place.clock  # lost
                 raise NotInProgress(
                     f"{task.id}: attempt {task.attempt} is not in progress; it was finished already, "
                     "or its lease ran out (a longer timeout_stale_ms, or touch(), prevents that)"
