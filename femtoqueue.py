@@ -763,21 +763,18 @@ class _Buckets:
         bucket = self._in_hand.get((start_us, width_us))
         if bucket is None or bucket.start_us > time_us or bucket.left <= 0:
             # Nobody comes to the shared bucket of a period that is over.
-            shared = bucket is None and self._now() < start_us + width_us
-            name = "%016d" % start_us if shared else "%016d.%s" % (time_us, os.urandom(4).hex())
-            bucket = _Bucket(f"{self._top}/{name}", start_us if shared else time_us, not shared)
+            is_own = bucket is not None or self._now() >= start_us + width_us
+            name = "%016d.%s" % (time_us, os.urandom(4).hex()) if is_own else "%016d" % start_us
+            bucket = _Bucket(f"{self._top}/{name}", time_us if is_own else start_us, is_own)
             if len(self._in_hand) > 30:
                 self._in_hand.clear()
             try:
                 # First of all, or a power cut would take the directory away with what is in it.
                 self._place.make(bucket.path)
             except (PermissionError, NotADirectoryError):
-                if not shared:
+                if is_own:  # else `put` finds that it cannot be used
                     raise
-                bucket.left = 0  # the shared one cannot be had: on to one of our own
             self._in_hand[start_us, width_us] = bucket
-            if bucket.left == 0:
-                return self._bucket_for(time_us)
         bucket.left -= 1
         return bucket
 
