@@ -1779,8 +1779,8 @@ class _Looking:
 
     def reason(self, id: str) -> str | None:
         """Why a task failed."""
-        found = list(self._find_quickly(id, ("failed",))) if self._is_harmless(id) else ()
-        return _read_text(found[0][1] + _REASON) if found else None
+        path = f"{self._place.path['failed']}/{id}{_REASON}"
+        return _read_text(path) if self._is_harmless(id) else None
 
     def cancel(self, id: str) -> bool:
         """Delete a waiting task."""
