@@ -2164,11 +2164,7 @@ class _Place:
         """Say why a task failed. No room for that is no obstacle: the task has failed all the same."""
         try:
             _try(_unlink, path)
-            descriptor = self.create(path)
-            try:
-                _write_all(descriptor, reason.encode("utf-8", "replace"))
-            finally:
-                os.close(descriptor)
+            self.write(path, (reason.encode("utf-8", "replace"),))
         except OSError as error:
             _log("%s: the reason could not be noted: %s", path, error)
 
