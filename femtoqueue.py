@@ -623,7 +623,9 @@ class _Producer:
         # Windows only syncs what is open for writing, and renames nothing that is open.
         descriptor = _open_regular(source, _READ_FLAGS | (os.O_RDWR if os.name == "nt" else 0))
         try:
-            crc = _crc(_chunks(descriptor))
+            crc = 0
+            for chunk in _chunks(descriptor):
+                crc = zlib.crc32(chunk, crc)
             if self._place.durable:
                 os.fsync(descriptor)
             self._place.hand_over(descriptor)
@@ -2372,9 +2374,8 @@ class _Clock:
             # A bucket's tasks are of one period: an older one cannot be ahead of the wall clock.
             if start_us + _BUCKET_US > wall_us:
                 times_us += [_time_of(_order(name)) for name in place.names(bucket)]
-        for owner in place.inner("in_progress"):
-            for name in place.names(owner):
-                times_us.append(_time_of(name))
+        for directory in place.inner("in_progress"):
+            times_us += map(_time_of, place.names(directory))
         return max(time_us for time_us in times_us if time_us < _CLOCK_END_US)
 
 
@@ -2597,9 +2598,8 @@ def _parse(name: str) -> tuple[str, int, int, int] | None:
     if not tilde:
         return id, 0, int(id[:16]), 0
     used, *times = rest.split("~")
-    if not _is_digits(used) or len(used) > 9 or len(times) > 2:
-        return None
-    if not all(_is_digits(time_text, 16) for time_text in times):
+    are_times = len(times) <= 2 and all(_is_digits(time_text, 16) for time_text in times)
+    if not (are_times and _is_digits(used) and len(used) <= 9):
         return None
     return id, int(used), int(times[0] if times else id[:16]), int(times[1]) if len(times) > 1 else 0
 
@@ -2715,13 +2715,6 @@ def _write_all(descriptor: int, data: bytes) -> None:
 def _chunks(descriptor: int) -> Iterator[bytes]:
     while chunk := os.read(descriptor, _CHUNK):
         yield chunk
-
-
-def _crc(chunks: Iterable[bytes]) -> int:
-    crc = 0
-    for chunk in chunks:
-        crc = zlib.crc32(chunk, crc)
-    return crc
 
 
 def _read_more(descriptor: int, data: bytes) -> bytes | None:
