@@ -1359,11 +1359,10 @@ class _Keeper:
     def _find_due(self) -> list[_Return]:
         """What is due, at least the earliest of it. What is not is sorted into closer buckets."""
         place, now_us = self._place, _wall_us()
-        top = place.path["scheduled"]
         next_due_us = now_us + _LOOK_US
         found: list[_Return] = []
-        for entry in sorted(place.entries(top), key=lambda entry: entry.name):
-            start_us = _time_of(entry.name)
+        for bucket in place.inner("scheduled"):
+            start_us = _time_of(os.path.basename(bucket))
             if start_us > now_us:
                 next_due_us = min(next_due_us, start_us)
                 break
@@ -1371,14 +1370,10 @@ class _Keeper:
                 found.sort()
                 if found[_BATCH][0] <= start_us:
                     break  # all that is in there is later
-            if _is_bucket(entry):
-                names = place.names(entry.path)
-                if not names:
-                    self._scheduled.remove_empty([entry.path])
-                tasks = self._tasks(entry.path, names)
-            else:
-                tasks = self._tasks(top, [entry.name] if entry.is_file(follow_symlinks=False) else ())
-            for due_us, id, used, path in tasks:
+            names = place.names(bucket)
+            if not names:
+                self._scheduled.remove_empty([bucket])
+            for due_us, id, used, path in self._tasks(bucket, names):
                 if due_us <= now_us:
                     found.append((due_us, id, used, path))
                     continue
@@ -1659,7 +1654,7 @@ class _Looking:
         self._place.check_there()
         top = self._place.path[state]
         seen: set[str] = set()
-        found = [] if state == "in_progress" else [top]  # a claim lies in its owner's directory
+        found = [] if state in ("scheduled", "in_progress") else [top]
         while True:
             for directory in found:
                 seen.add(directory)
