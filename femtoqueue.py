@@ -661,8 +661,7 @@ class _Room:
         self._place = place
         self._looking = looking
         self._lock = _thread.RLock()  # reentrant, for signal handlers
-        self._free = 0  # so many may come before it is counted again
-        self._claimed = 0  # our claims less our returns, as far as `_free` knows them
+        self._free = 0  # so many may come before it is counted again, beside those that we claim
         self._under_way = 0  # taken, but not published yet: the count does not see them
 
     def __enter__(self) -> None:
@@ -677,15 +676,13 @@ class _Room:
             return
         with self._lock:
             claimed = self._place.owner.claims - self._place.returns
-            self._free += claimed - self._claimed
-            self._claimed = claimed
-            if self._free <= 0:
+            if self._free + claimed <= 0:
                 free = self._place.maxsize - self._under_way - self._looking.count_pending()
                 if free <= 0:
                     import queue
 
                     raise queue.Full(f"{self._place.maxsize} tasks are pending in {self._place.root}")
-                self._free = (free + 1) // 2  # the other half is for other producers
+                self._free = (free + 1) // 2 - claimed  # the other half is for other producers
             self._free -= 1
             self._under_way += 1
 
