@@ -162,9 +162,8 @@ class FemtoTask:
                 with open(self.path, "rb") as file:
                     return file.read()
             except FileNotFoundError:  # its lease was renewed, and so its name
-                top = os.path.dirname(self.path)
-                names = os.listdir(top) if os.path.isdir(top) else ()
-                self.path = _find_claim(top, self.id, self.attempt, names) or self.path
+                entries = _scan(os.path.dirname(self.path))
+                self.path = _find_claim(entries, self.id, self.attempt) or self.path
         raise _not_found(self.path)
 
     @property
@@ -1205,9 +1204,8 @@ class _Claims:
     def _locate(self, task: FemtoTask) -> str | None:
         """The claim's file: a `touch` elsewhere renames it, another host mounts it elsewhere."""
         owner = os.path.basename(os.path.dirname(task.path))
-        directory = f"{self._place.path['in_progress']}/{owner}"
-        names = [entry.name for entry in self._place.entries(directory)]
-        return _find_claim(directory, task.id, task.attempt, names)
+        entries = self._place.entries(f"{self._place.path['in_progress']}/{owner}")
+        return _find_claim(entries, task.id, task.attempt)
 
     def _was_moved_by_us(self, task: FemtoTask, verdict: str, failed: bool) -> bool:
         """Was our rename done, and its answer lost? On a network it may be ENOENT (rename(2), BUGS).
@@ -1407,8 +1405,7 @@ class _Keeper:
         """Make pending what this object claimed and did not finish."""
         place = self._place
         place.forget_troubles()
-        names = [entry.name for entry in place.entries(place.owner.directory)]
-        tasks = self._tasks(place.owner.directory, names)
+        tasks = self._tasks(place.owner.directory, place.files(place.owner.directory))
         # In the order of their ids.
         self._move([(0, *task[1:]) for task in tasks], is_new=False, whole=True)
         place.sync()
@@ -2675,10 +2672,9 @@ def _read_text(path: str) -> str | None:
         os.close(descriptor)
 
 
-def _find_claim(directory: str, id: str, attempt: int, names: Iterable[str]) -> str | None:
+def _find_claim(entries: Iterable[os.DirEntry[str]], id: str, attempt: int) -> str | None:
     """The path of a claim, whatever its deadline is by now."""
-    found = (name for name in names if (_parse(name) or ())[:2] == (id, attempt))
-    return next((f"{directory}/{name}" for name in found), None)
+    return next((e.path for e in entries if (_parse(e.name) or ())[:2] == (id, attempt)), None)
 
 
 def _is_original(root: str) -> bool:
