@@ -142,7 +142,6 @@ class FemtoTask:
     _bucket = ""  # the directory that it was claimed from
     _verdict = ""  # the state that the claim was moved to
     _finished = False  # and that is on disk, if it was asked for
-    _was_taken = False
     _since_us = 0  # when it was claimed, and when its lease ends, by the queue clock
     _deadline_us = _MAX_US
     _clock: _Clock | None = None
@@ -163,9 +162,8 @@ class FemtoTask:
                 with open(self.path, "rb") as file:
                     return file.read()
             except FileNotFoundError:  # its lease was renewed, and so its name
-                top = os.path.dirname(self.path)
-                names = os.listdir(top) if os.path.isdir(top) else ()
-                self.path = _find_claim(top, self.id, self.attempt, names) or self.path
+                entries = _scan(os.path.dirname(self.path))
+                self.path = _find_claim(entries, self.id, self.attempt) or self.path
         raise _not_found(self.path)
 
     @property
@@ -174,9 +172,7 @@ class FemtoTask:
 
         In another process, which got the task pickled, this is known once `touch` was called there.
         """
-        if self._verdict or self._clock is None:
-            return self._was_taken
-        return self._was_taken or self._clock.now() > self._deadline_us
+        return not self._verdict and self._clock is not None and self._clock.now() > self._deadline_us
 
     def __getstate__(self) -> dict[str, object]:
         return {name: value for name, value in vars(self).items() if name not in ("queue", "_clock")}
@@ -626,7 +622,9 @@ class _Producer:
         # Windows only syncs what is open for writing, and renames nothing that is open.
         descriptor = _open_regular(source, _READ_FLAGS | (os.O_RDWR if os.name == "nt" else 0))
         try:
-            crc = _crc(_chunks(descriptor))
+            crc = 0
+            for chunk in _chunks(descriptor):
+                crc = zlib.crc32(chunk, crc)
             if self._place.durable:
                 os.fsync(descriptor)
             self._place.hand_over(descriptor)
@@ -662,8 +660,7 @@ class _Room:
         self._place = place
         self._looking = looking
         self._lock = _thread.RLock()  # reentrant, for signal handlers
-        self._free = 0  # so many may come before it is counted again
-        self._claimed = 0  # our claims less our returns, as far as `_free` knows them
+        self._free = 0  # so many may come before it is counted again, beside those that we claim
         self._under_way = 0  # taken, but not published yet: the count does not see them
 
     def __enter__(self) -> None:
@@ -678,15 +675,13 @@ class _Room:
             return
         with self._lock:
             claimed = self._place.owner.claims - self._place.returns
-            self._free += claimed - self._claimed
-            self._claimed = claimed
-            if self._free <= 0:
+            if self._free + claimed <= 0:
                 free = self._place.maxsize - self._under_way - self._looking.count_pending()
                 if free <= 0:
                     import queue
 
                     raise queue.Full(f"{self._place.maxsize} tasks are pending in {self._place.root}")
-                self._free = (free + 1) // 2  # the other half is for other producers
+                self._free = (free + 1) // 2 - claimed  # the other half is for other producers
             self._free -= 1
             self._under_way += 1
 
@@ -741,8 +736,9 @@ class _Buckets:
                 if _rename(source, target):
                     if self._place.durable:
                         old = os.path.dirname(source)
-                        is_draft = old == self._place.path["creating"]  # no task, if it comes back
-                        self._place.note(bucket.path, *(() if is_draft else (old,)))
+                        if old != self._place.path["creating"]:  # what comes back there is no task
+                            self._place.note_old(old)
+                        self._place.note(bucket.path)
                     return bucket.path
             except BaseException as error:
                 _try(_rename, target, source)  # a signal handler may raise after the rename
@@ -765,21 +761,18 @@ class _Buckets:
         bucket = self._in_hand.get((start_us, width_us))
         if bucket is None or bucket.start_us > time_us or bucket.left <= 0:
             # Nobody comes to the shared bucket of a period that is over.
-            shared = bucket is None and self._now() < start_us + width_us
-            name = "%016d" % start_us if shared else "%016d.%s" % (time_us, os.urandom(4).hex())
-            bucket = _Bucket(f"{self._top}/{name}", start_us if shared else time_us, not shared)
+            is_own = bucket is not None or self._now() >= start_us + width_us
+            name = "%016d.%s" % (time_us, os.urandom(4).hex()) if is_own else "%016d" % start_us
+            bucket = _Bucket(f"{self._top}/{name}", time_us if is_own else start_us, is_own)
             if len(self._in_hand) > 30:
                 self._in_hand.clear()
             try:
                 # First of all, or a power cut would take the directory away with what is in it.
                 self._place.make(bucket.path)
             except (PermissionError, NotADirectoryError):
-                if not shared:
+                if is_own:  # else `put` finds that it cannot be used
                     raise
-                bucket.left = 0  # the shared one cannot be had: on to one of our own
             self._in_hand[start_us, width_us] = bucket
-            if bucket.left == 0:
-                return self._bucket_for(time_us)
         bucket.left -= 1
         return bucket
 
@@ -827,15 +820,14 @@ class _Consumer:
                 task = self._first_of(listing, {}, mine)
                 if task is not None:
                     return task  # the usual case
-            for again in (False, True):
-                uneasy, before = bool(place.troubles), place.passed_over
-                task = self._look_everywhere(mine)
-                if task is not None or not (uneasy or place.passed_over != before):
-                    return task
+            task = self._look_everywhere(mine)
+            if task is None and place.troubles:
+                place.troubles.clear()
                 self._keeper.hurry()
-                if not again:
-                    place.troubles.clear()
-            raise OSError(*place.last_trouble)
+                task = self._look_everywhere(mine)
+                if task is None:
+                    place.raise_trouble()
+            return task
         except BaseException:  # out of a signal handler, it can come anywhere
             self._put_back(mine)
             raise
@@ -1201,7 +1193,7 @@ class _Claims:
             if path is None:
                 if self._was_moved_by_us(task, verdict, failed=False):
                     return
-                task._was_taken = True
+                task._deadline_us, task._clock = 0, self._place.clock  # lost
                 raise NotInProgress(
                     f"{task.id}: attempt {task.attempt} is not in progress; it was finished already, "
                     "or its lease ran out (a longer timeout_stale_ms, or touch(), prevents that)"
@@ -1212,9 +1204,8 @@ class _Claims:
     def _locate(self, task: FemtoTask) -> str | None:
         """The claim's file: a `touch` elsewhere renames it, another host mounts it elsewhere."""
         owner = os.path.basename(os.path.dirname(task.path))
-        directory = f"{self._place.path['in_progress']}/{owner}"
-        names = [entry.name for entry in self._place.entries(directory)]
-        return _find_claim(directory, task.id, task.attempt, names)
+        entries = self._place.entries(f"{self._place.path['in_progress']}/{owner}")
+        return _find_claim(entries, task.id, task.attempt)
 
     def _was_moved_by_us(self, task: FemtoTask, verdict: str, failed: bool) -> bool:
         """Was our rename done, and its answer lost? On a network it may be ENOENT (rename(2), BUGS).
@@ -1363,11 +1354,10 @@ class _Keeper:
     def _find_due(self) -> list[_Return]:
         """What is due, at least the earliest of it. What is not is sorted into closer buckets."""
         place, now_us = self._place, _wall_us()
-        top = place.path["scheduled"]
         next_due_us = now_us + _LOOK_US
         found: list[_Return] = []
-        for entry in sorted(place.entries(top), key=lambda entry: entry.name):
-            start_us = _time_of(entry.name)
+        for bucket in place.inner("scheduled"):
+            start_us = _time_of(os.path.basename(bucket))
             if start_us > now_us:
                 next_due_us = min(next_due_us, start_us)
                 break
@@ -1375,14 +1365,10 @@ class _Keeper:
                 found.sort()
                 if found[_BATCH][0] <= start_us:
                     break  # all that is in there is later
-            if _is_bucket(entry):
-                names = place.names(entry.path)
-                if not names:
-                    self._scheduled.remove_empty([entry.path])
-                tasks = self._tasks(entry.path, names)
-            else:
-                tasks = self._tasks(top, [entry.name] if entry.is_file(follow_symlinks=False) else ())
-            for due_us, id, used, path in tasks:
+            names = place.names(bucket)
+            if not names:
+                self._scheduled.remove_empty([bucket])
+            for due_us, id, used, path in self._tasks(bucket, names):
                 if due_us <= now_us:
                     found.append((due_us, id, used, path))
                     continue
@@ -1419,14 +1405,11 @@ class _Keeper:
         """Make pending what this object claimed and did not finish."""
         place = self._place
         place.forget_troubles()
-        names = [entry.name for entry in place.entries(place.owner.directory)]
-        tasks = self._tasks(place.owner.directory, names)
-        before = place.passed_over
+        tasks = self._tasks(place.owner.directory, place.files(place.owner.directory))
         # In the order of their ids.
         self._move([(0, *task[1:]) for task in tasks], is_new=False, whole=True)
         place.sync()
-        if place.passed_over != before:
-            raise OSError(*place.last_trouble)
+        place.raise_trouble()
         _try(os.rmdir, place.owner.directory)
 
     def _warn_of_clocks(self) -> None:
@@ -1480,7 +1463,7 @@ class _Worker:
         self._before: dict[int, Any] = {}  # the handlers of signals
         self._count = 0
         self._complain_us = 0
-        self._waiting = _Waiting()
+        self._waiting = _Waiting(*(parts.place.waiting for parts in queues))
         self._pid = os.getpid()
 
     def run(self, until_empty: bool) -> int:
@@ -1490,16 +1473,14 @@ class _Worker:
         self._defer_signals()
         run[1].acquire()
         for place in places:
-            place.waiting.add(self._waiting)
             place.runs.append(run)
         try:
-            return self._loop(until_empty)
+            with self._waiting:
+                return self._loop(until_empty)
         except _SecondSignal:
             return self._count  # the task is given back, and the signal follows
         finally:
-            self._waiting.close()
             for place in places:
-                place.waiting.discard(self._waiting)
                 place.runs.remove(run)
             run[1].release()
             self._release_signals()
@@ -1667,7 +1648,7 @@ class _Looking:
         self._place.check_there()
         top = self._place.path[state]
         seen: set[str] = set()
-        found = [] if state == "in_progress" else [top]  # a claim lies in its owner's directory
+        found = [] if state in ("scheduled", "in_progress") else [top]
         while True:
             for directory in found:
                 seen.add(directory)
@@ -1789,8 +1770,8 @@ class _Looking:
 
     def reason(self, id: str) -> str | None:
         """Why a task failed."""
-        found = list(self._find_quickly(id, ("failed",))) if self._is_harmless(id) else ()
-        return _read_text(found[0][1] + _REASON) if found else None
+        path = f"{self._place.path['failed']}/{id}{_REASON}"
+        return _read_text(path) if self._is_harmless(id) else None
 
     def cancel(self, id: str) -> bool:
         """Delete a waiting task."""
@@ -1850,8 +1831,8 @@ class _Waiting:
     Where that cannot be had, their change times are looked at every 9 ms.
     """
 
-    def __init__(self, among: set[_Waiting] | None = None) -> None:
-        self._among = among  # those that `stop` wakes
+    def __init__(self, *among: set[_Waiting]) -> None:
+        self._among = among  # those that `stop` wakes, of each place
         self._lock = _thread.RLock()  # a signal handler may wake what it interrupts
         self._rung = False
         self._inotify = self._bell = -1
@@ -1861,13 +1842,13 @@ class _Waiting:
         self._watched: dict[str, float] = {}  # with the change time, where that must do
 
     def __enter__(self) -> _Waiting:
-        if self._among is not None:
-            self._among.add(self)
+        for waits in self._among:
+            waits.add(self)
         return self
 
     def __exit__(self, *exception: object) -> None:
-        if self._among is not None:
-            self._among.discard(self)
+        for waits in self._among:
+            waits.discard(self)
         self.close()
 
     def _open(self) -> None:
@@ -2002,16 +1983,13 @@ class _Place:
         self.clock = _Clock(self)
         # By path: what cannot be had is set aside for a minute, with its error as OSError takes it.
         self.troubles: dict[str, tuple[int | None, str | None, object]] = {}
-        self.last_trouble: tuple[int | None, str | None, object] = (None, None, None)
-        self.passed_over = 0  # how often something was, or is still, set aside
         self.has_company = False  # other processes claim tasks, as far as the last look told
         self.has_hosts = False  # other machines or containers do
         self.returns = 0  # how many tasks it made pending, perhaps before what is listed already
         self._told: set[str] = set()
         self._gift: tuple[int, int] | None = None  # owner and group of the directory, once root asked
         changes = _Changes(self.durable)
-        self.note, self.note_old = changes.note, changes.note_old
-        self.sync, self.forget_changes = changes.sync, changes.forget
+        self.note, self.note_old, self.sync = changes.note, changes.note_old, changes.sync
         self.waiting: set[_Waiting] = set()
         self.runs: list[tuple[int, Any]] = []  # a thread, and the lock that it holds while it runs
 
@@ -2032,10 +2010,12 @@ class _Place:
                 f"{self.root} has layout {layout}, and this copy of femtoqueue.py knows {_LAYOUT}; "
                 "replace the copy by a later version"
             )
-        try:  # even if it was there: whoever made it need not have been durable
-            self.sync(os.path.dirname(self.root), self.root)
-        except PermissionError:
-            self.forget_changes()  # of a directory that may only be passed through
+        # Even if it was there: whoever made it need not have been durable.
+        for directory in (os.path.dirname(self.root), self.root) if self.durable else ():
+            try:
+                _sync_directory(directory)
+            except PermissionError:
+                pass  # it may only be passed through
 
     def _read_layout(self) -> int | None:
         """The version that the directory says it has; None if it says nothing."""
@@ -2152,7 +2132,8 @@ class _Place:
             if not _rename(source, target):
                 return False
         if self.durable:
-            self.note(os.path.dirname(target), os.path.dirname(source))
+            self.note_old(os.path.dirname(source))
+            self.note(os.path.dirname(target))
         return True
 
     def finish(self, path: str, state: str, id: str, reason: str | None = None) -> bool:
@@ -2174,11 +2155,7 @@ class _Place:
         """Say why a task failed. No room for that is no obstacle: the task has failed all the same."""
         try:
             _try(_unlink, path)
-            descriptor = self.create(path)
-            try:
-                _write_all(descriptor, reason.encode("utf-8", "replace"))
-            finally:
-                os.close(descriptor)
+            self.write(path, (reason.encode("utf-8", "replace"),))
         except OSError as error:
             _log("%s: the reason could not be noted: %s", path, error)
 
@@ -2195,8 +2172,9 @@ class _Place:
 
     def inner(self, state: str) -> list[str]:
         """The paths of the buckets, or owners' directories, of a state, in order."""
-        is_inner = _is_owner if state == "in_progress" else _is_bucket
-        return sorted({entry.path for entry in self.entries(self.path[state]) if is_inner(entry)})
+        if state == "in_progress":
+            return sorted({path for path, _ in self.owners()})
+        return sorted({entry.path for entry in self.entries(self.path[state]) if _is_bucket(entry)})
 
     def names(self, directory: str) -> Collection[str]:
         """The names of the regular files in it; none if it is gone, or must be passed over."""
@@ -2213,10 +2191,12 @@ class _Place:
 
     def owners(self) -> list[tuple[str, _OwnerName]]:
         """The directories of all owners, and what their names tell."""
-        entries = self.entries(self.path["in_progress"])
-        directories = (entry for entry in entries if entry.is_dir(follow_symlinks=False))
-        named = ((entry.path, _parse_owner(entry.name)) for entry in directories)
-        return [(path, owner) for path, owner in named if owner]
+        named = ((entry, _parse_owner(entry.name)) for entry in self.entries(self.path["in_progress"]))
+        return [
+            (entry.path, owner)
+            for entry, owner in named
+            if owner and entry.is_dir(follow_symlinks=False)
+        ]
 
     def look_for_owners(self) -> list[tuple[str, _OwnerName]]:
         """The owners; note if there are other processes among them, and other machines."""
@@ -2229,18 +2209,19 @@ class _Place:
     def set_aside(self, path: str, error: OSError) -> None:
         """Note what cannot be had, for a minute, and log it once in that time."""
         # Not the error itself: its traceback's frames would keep the queue alive.
-        self.last_trouble = error.errno, error.strerror, error.filename or path
-        self.troubles[path] = self.last_trouble
-        self.passed_over += 1
+        self.troubles[path] = error.errno, error.strerror, error.filename or path
         if path not in self._told:
             self._told.add(path)
             _log("%s; it is passed over", str(error))
 
     def passes_over(self, path: str) -> bool:
         """Is this set aside?"""
-        found = path in self.troubles
-        self.passed_over += found
-        return found
+        return path in self.troubles
+
+    def raise_trouble(self) -> None:
+        """Raise one of what is set aside, if anything is."""
+        for trouble in list(self.troubles.values()):
+            raise OSError(*trouble)
 
     def forget_troubles(self) -> None:
         """Try all of it again, and log it again: a minute is over."""
@@ -2285,18 +2266,14 @@ class _Changes:
         self._lock = _thread.RLock()  # reentrant: a signal handler may push in the midst of a push
         self._sync_lock = _thread.RLock()
 
-    def note(self, new: str, *old: str) -> None:
-        """Have them synced by the next `sync`: after the rename, another may sync at once."""
+    def note(self, directory: str) -> None:
+        """Have it synced by the next `sync`."""
         if self._durable:
             with self._lock:
-                first = {directory: None for directory in old if directory not in self._touched}
-                if new in self._touched:
-                    self._touched = {**first, **self._touched}
-                else:
-                    self._touched.update({**first, new: None})
+                self._touched.setdefault(directory)
 
     def note_old(self, directory: str) -> None:
-        """Have an old side synced before all that is noted by now."""
+        """Have an old side synced before all that is noted by now. Another thread may sync at once."""
         if self._durable:
             with self._lock:
                 self._touched = {directory: None, **self._touched}
@@ -2326,11 +2303,6 @@ class _Changes:
             directory = next(iter([*self._touched]), "")
             self._touched.pop(directory, None)
             return directory
-
-    def forget(self) -> None:
-        """Give up what is noted."""
-        with self._lock:
-            self._touched = {}
 
 
 # --- time ---------------------------------------------------------------------------------------------
@@ -2391,9 +2363,8 @@ class _Clock:
             # A bucket's tasks are of one period: an older one cannot be ahead of the wall clock.
             if start_us + _BUCKET_US > wall_us:
                 times_us += [_time_of(_order(name)) for name in place.names(bucket)]
-        for owner in place.inner("in_progress"):
-            for name in place.names(owner):
-                times_us.append(_time_of(name))
+        for directory in place.inner("in_progress"):
+            times_us += map(_time_of, place.names(directory))
         return max(time_us for time_us in times_us if time_us < _CLOCK_END_US)
 
 
@@ -2616,9 +2587,8 @@ def _parse(name: str) -> tuple[str, int, int, int] | None:
     if not tilde:
         return id, 0, int(id[:16]), 0
     used, *times = rest.split("~")
-    if not _is_digits(used) or len(used) > 9 or len(times) > 2:
-        return None
-    if not all(_is_digits(time_text, 16) for time_text in times):
+    are_times = len(times) <= 2 and all(_is_digits(time_text, 16) for time_text in times)
+    if not (are_times and _is_digits(used) and len(used) <= 9):
         return None
     return id, int(used), int(times[0] if times else id[:16]), int(times[1]) if len(times) > 1 else 0
 
@@ -2685,10 +2655,6 @@ def _is_bucket(entry: os.DirEntry[str]) -> bool:
     return named and entry.is_dir(follow_symlinks=False)
 
 
-def _is_owner(entry: os.DirEntry[str]) -> bool:
-    return _parse_owner(entry.name) is not None and entry.is_dir(follow_symlinks=False)
-
-
 def _read_text(path: str) -> str | None:
     """A text that lies beside the tasks; None if there is none, or a link or FIFO has its name."""
     try:
@@ -2706,10 +2672,9 @@ def _read_text(path: str) -> str | None:
         os.close(descriptor)
 
 
-def _find_claim(directory: str, id: str, attempt: int, names: Iterable[str]) -> str | None:
+def _find_claim(entries: Iterable[os.DirEntry[str]], id: str, attempt: int) -> str | None:
     """The path of a claim, whatever its deadline is by now."""
-    found = (name for name in names if (_parse(name) or ())[:2] == (id, attempt))
-    return next((f"{directory}/{name}" for name in found), None)
+    return next((e.path for e in entries if (_parse(e.name) or ())[:2] == (id, attempt)), None)
 
 
 def _is_original(root: str) -> bool:
@@ -2738,13 +2703,6 @@ def _write_all(descriptor: int, data: bytes) -> None:
 def _chunks(descriptor: int) -> Iterator[bytes]:
     while chunk := os.read(descriptor, _CHUNK):
         yield chunk
-
-
-def _crc(chunks: Iterable[bytes]) -> int:
-    crc = 0
-    for chunk in chunks:
-        crc = zlib.crc32(chunk, crc)
-    return crc
 
 
 def _read_more(descriptor: int, data: bytes) -> bytes | None:
