@@ -895,7 +895,6 @@ class _Consumer:
         if used >= place.max_attempts:
             _log("%s has used up its %s attempts", id, place.max_attempts)
             place.finish(source, "failed", id, f"used up {used} attempts")
-            place.sync()
             return None
         now_us = place.clock.stamp()  # unlike any other: the name of a claim tells whose it is
         deadline_us = now_us + place.lease_us
@@ -992,7 +991,6 @@ class _Consumer:
         if not is_right:
             _log("%s does not match its checksum; it is in corrupt/", id)
             place.finish(task.path, "corrupt", id)
-            place.sync()
             return False
         self._keep(task, mine)
         return True
