@@ -1053,7 +1053,7 @@ class _Listing:
         self._lock = _thread.RLock()  # held by who opens buckets
         top = place.path["pending"]
         self._cut = len(top) + 1
-        entries = list(place.entries(top))
+        entries = _twice(lambda: list(place.entries(top)))
         # Both in descending order, so that the next one is the last.
         self._buckets = sorted((entry.path for entry in entries if _is_bucket(entry)), reverse=True)
         self._hand: list[tuple[str, str]] = []  # name and directory
@@ -1300,7 +1300,7 @@ class _Keeper:
         for _, id, used, path in sorted(tasks)[: None if whole else _BATCH]:
             place_us, name = _place_for(id, used, place.clock, is_new)
             try:
-                moved += self._pending.put(path, place_us, name) is not None
+                moved += _twice(self._pending.put, path, place_us, name) is not None
             except OSError as error:
                 if error.errno in (*_FULL, *_SCARCE):
                     place.set_aside(place.root, error)  # so it is with all of them
@@ -2178,7 +2178,7 @@ class _Place:
         """The names of the regular files in it; none if it is gone, or must be passed over."""
         if not self.passes_over(directory):
             try:
-                return self.files(directory)
+                return _twice(self.files, directory)
             except OSError as error:
                 self.set_aside(directory, error)
         return ()
@@ -2795,6 +2795,14 @@ def _try(call: Callable[..., object], *arguments: object) -> None:
         call(*arguments)
     except OSError:
         pass
+
+
+def _twice(call: Callable[..., T], *arguments: object) -> T:
+    """Call again upon an OSError: where one of several servers dies, a call fails and the next does not."""
+    try:
+        return call(*arguments)
+    except OSError:
+        return call(*arguments)
 
 
 def _scan(directory: str | os.DirEntry[str]) -> Iterator[os.DirEntry[str]]:
