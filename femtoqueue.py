@@ -1736,11 +1736,12 @@ class _Looking:
             if state == "in_progress":
                 paths = [path for found, _, _, path in self.walk(state) if found == id]
             else:
-                name = _format(id, 0, _time_of(id)) if state == "scheduled" else id
+                name, directories = id, list(self._directories((state,)))
+                if state == "scheduled":  # in buckets only
+                    name, directories = _format(id, 0, _time_of(id)), directories[1:]
                 # A bucket holds nothing older than its name says.
                 end = f"{self._place.path[state]}/{id}"
-                inner = [path for path in self._directories((state,)) if path <= end]
-                paths = [f"{directory}/{name}" for directory in inner]
+                paths = [f"{directory}/{name}" for directory in directories if directory <= end]
             for path in paths:
                 if (info := _lstat(path)) and stat.S_ISREG(info.st_mode):
                     yield state, path
