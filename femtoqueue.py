@@ -236,7 +236,7 @@ class FemtoQueue:
         self._root = os.path.abspath(root)  # the program may change its directory
         self._parts: dict[int, _Parts] = {}
         # What a forked child keeps: what my node_id had claimed elsewhere; "stopped", "closed".
-        self._free: set[str] = set()
+        self._forfeited: set[str] = set()
         self._ends: set[str] = set()
         self._here().place.open()
         self._here().keeper.note_own_elsewhere()
@@ -491,7 +491,7 @@ class _Parts:
         self.owner = place.owner
         buckets = _Buckets(place, "pending"), _Buckets(place, "scheduled")
         self.looking = _Looking(place)
-        self.keeper = _Keeper(place, self.looking, buckets, queue._free)
+        self.keeper = _Keeper(place, self.looking, buckets, queue._forfeited)
         self.producer = _Producer(place, self.looking, buckets)
         self.consumer = _Consumer(place, self.keeper, buckets[0])
         self.claims = _Claims(place, self.looking, buckets)
@@ -983,7 +983,7 @@ class _Consumer:
                 crc = 0
                 for chunk in chunks:
                     crc = zlib.crc32(chunk, crc)
-                    self._keep(task, mine)
+                    self._renew_if_half_over(task, mine)
                 # A name that a shell script made has no checksum, and is taken as it is.
                 is_right = id.endswith(".%08x" % crc) or not _is_own(id)
         finally:
@@ -992,11 +992,11 @@ class _Consumer:
             _log("%s does not match its checksum; it is in corrupt/", id)
             place.finish(task.path, "corrupt", id)
             return False
-        self._keep(task, mine)
+        self._renew_if_half_over(task, mine)
         return True
 
-    def _keep(self, task: FemtoTask, mine: _Mine) -> None:
-        """Renew a lease half over: the file is huge, or the machine slept."""
+    def _renew_if_half_over(self, task: FemtoTask, mine: _Mine) -> None:
+        """Renew the lease then: the file is huge, or the machine slept."""
         if self._place.clock.now() > task._deadline_us - self._place.lease_us // 2:
             source = mine.pop(task.path, "")
             if not _renew(self._place, task, task.path):
@@ -1241,7 +1241,7 @@ class _Keeper:
     """What comes back? What is due, or claimed by who is gone or hangs. Sweeps what the dead left."""
 
     def __init__(
-        self, place: _Place, looking: _Looking, buckets: tuple[_Buckets, _Buckets], free: set[str]
+        self, place: _Place, looking: _Looking, buckets: tuple[_Buckets, _Buckets], forfeited: set[str]
     ) -> None:
         self._place = place
         self._looking = looking
@@ -1249,7 +1249,7 @@ class _Keeper:
         self._next_look_us = 0  # by the clock since boot, as is the next one
         self._next_sweep_us = 0
         self._departures_seen = 0
-        self._free = free
+        self._forfeited = forfeited
         self._warned: set[str] = set()
 
     def is_time(self) -> bool:
@@ -1323,7 +1323,7 @@ class _Keeper:
             names = place.names(directory)
             alive = _is_alive(owner)
             for deadline_us, id, used, path in self._tasks(directory, names):
-                if deadline_us < now_us or alive is False or path in self._free:
+                if deadline_us < now_us or alive is False or path in self._forfeited:
                     found.append((_time_of(id), id, used, path))
                 elif owner[0] == place.owner.node_id and other_place:
                     there = os.path.basename(directory)
@@ -1335,7 +1335,7 @@ class _Keeper:
                     )
             if not names and directory == place.owner.directory:
                 place.owner.rest()
-            elif not names and (alive is False or directory in self._free):
+            elif not names and (alive is False or directory in self._forfeited):
                 _try(os.rmdir, directory)
         return found
 
@@ -1346,8 +1346,8 @@ class _Keeper:
         """
         for path, owner in self._place.owners():
             if owner[0] == self._place.owner.node_id and _is_elsewhere(owner[3]):
-                self._free.add(path)
-                self._free.update(f"{path}/{name}" for name in self._place.names(path))
+                self._forfeited.add(path)
+                self._forfeited.update(f"{path}/{name}" for name in self._place.names(path))
 
     def _find_due(self) -> list[_Return]:
         """What is due, at least the earliest of it. What is not is sorted into closer buckets."""
@@ -1824,6 +1824,10 @@ class _Looking:
         return not any(True for state in _UNFINISHED for _ in self.walk(state, strict=True))
 
 
+# For inotify(7): IN_ONLYDIR, IN_CREATE, IN_MOVED_TO; IN_DELETE, IN_MOVED_FROM; IN_ONESHOT.
+_ARRIVALS, _DEPARTURES, _ONESHOT = 0x1000180, 0x240, 0x80000000
+
+
 class _Waiting:
     """Has anything changed? Directories, watched through inotify(7) for as long as a call waits.
 
@@ -1872,9 +1876,8 @@ class _Waiting:
         """Watch these, too, for what comes, and for what goes if `departures`; tell if any is new."""
         if not self._is_tried:
             self._open()
-        # ONLYDIR, CREATE, MOVED_TO, and DELETE, MOVED_FROM or else ONESHOT: a worker that is busy
-        # again must cost those nothing who push.
-        mask = 0x1000180 | (0x240 if departures else 0x80000000)
+        # A worker that is busy again must cost those nothing who push: so its watches end at once.
+        mask = _ARRIVALS | (_DEPARTURES if departures else _ONESHOT)
         paths = list(directories)
         new = [path for path in paths if path not in self._watched]
         for path in new if self._inotify >= 0 else ():
@@ -2799,7 +2802,7 @@ def _try(call: Callable[..., object], *arguments: object) -> None:
 
 
 def _twice(call: Callable[..., T], *arguments: object) -> T:
-    """Call again upon an OSError: where one of several servers dies, a call fails and the next does not."""
+    """Call again upon an OSError: when one of several servers dies, one call fails, not the next."""
     try:
         return call(*arguments)
     except OSError:
