@@ -736,9 +736,8 @@ class _Buckets:
                 if _rename(source, target):
                     if self._place.durable:
                         old = os.path.dirname(source)
-                        if old != self._place.path["creating"]:  # what comes back there is no task
-                            self._place.note_old(old)
-                        self._place.note(bucket.path)
+                        is_draft = old == self._place.path["creating"]  # no task, if it comes back
+                        self._place.note(bucket.path, *(() if is_draft else (old,)))
                     return bucket.path
             except BaseException as error:
                 _try(_rename, target, source)  # a signal handler may raise after the rename
@@ -761,7 +760,9 @@ class _Buckets:
         bucket = self._in_hand.get((start_us, width_us))
         if bucket is None or bucket.start_us > time_us or bucket.left <= 0:
             # Nobody comes to the shared bucket of a period that is over.
+            # Nor is a link in its place followed.
             is_own = bucket is not None or self._now() >= start_us + width_us
+            is_own = is_own or os.path.islink(f"{self._top}/{start_us:016d}")
             name = "%016d.%s" % (time_us, os.urandom(4).hex()) if is_own else "%016d" % start_us
             bucket = _Bucket(f"{self._top}/{name}", time_us if is_own else start_us, is_own)
             if len(self._in_hand) > 30:
@@ -829,6 +830,7 @@ class _Consumer:
                     place.raise_trouble()
             return task
         except BaseException:  # out of a signal handler, it can come anywhere
+            self._listing = None
             self._put_back(mine)
             raise
 
@@ -914,7 +916,6 @@ class _Consumer:
             task._since_us, task._deadline_us = now_us, deadline_us
             return task if self._read(task, mine) else None
         except BaseException as error:
-            self._listing = None
             self._put_back(mine)
             # We were stopped for longer than the lease. Or, on Windows, another is just taking it.
             taken = (FileNotFoundError, PermissionError) if os.name == "nt" else FileNotFoundError
@@ -1020,9 +1021,15 @@ def _wait_for_task(
     """Parts of the first queue that has a task, and the task; None when time, or all, is over."""
     while True:
         last = _since_boot_us() >= end_us
+        errors: list[OSError] = []
         for parts in queues:
-            if task := parts.consumer.look():
-                return parts, task
+            try:
+                if task := parts.consumer.look():
+                    return parts, task
+            except OSError as error:
+                errors.append(error.with_traceback(None))  # another queue may have a task
+        if errors:
+            raise errors.pop()
         if last:
             return None
         # Watch, look, wait: in this order no change is missed.
@@ -2134,8 +2141,7 @@ class _Place:
             if not _rename(source, target):
                 return False
         if self.durable:
-            self.note_old(os.path.dirname(source))
-            self.note(os.path.dirname(target))
+            self.note(os.path.dirname(target), os.path.dirname(source))
         return True
 
     def finish(self, path: str, state: str, id: str, reason: str | None = None) -> bool:
@@ -2158,6 +2164,7 @@ class _Place:
         try:
             _try(_unlink, path)
             self.write(path, (reason.encode("utf-8", "replace"),))
+            self.note(os.path.dirname(path))  # another thread may have synced it since the move
         except OSError as error:
             _log("%s: the reason could not be noted: %s", path, error)
 
@@ -2268,11 +2275,15 @@ class _Changes:
         self._lock = _thread.RLock()  # reentrant: a signal handler may push in the midst of a push
         self._sync_lock = _thread.RLock()
 
-    def note(self, directory: str) -> None:
-        """Have it synced by the next `sync`."""
+    def note(self, new: str, *old: str) -> None:
+        """Have them synced by the next `sync`. An old side that is noted already keeps its place."""
         if self._durable:
             with self._lock:
-                self._touched.setdefault(directory)
+                first = {directory: None for directory in old if directory not in self._touched}
+                if new in self._touched:
+                    self._touched = {**first, **self._touched}
+                else:
+                    self._touched.update({**first, new: None})
 
     def note_old(self, directory: str) -> None:
         """Have an old side synced before all that is noted by now. Another thread may sync at once."""
@@ -2365,8 +2376,13 @@ class _Clock:
             # A bucket's tasks are of one period: an older one cannot be ahead of the wall clock.
             if start_us + _BUCKET_US > wall_us:
                 times_us += [_time_of(_order(name)) for name in place.names(bucket)]
-        for directory in place.inner("in_progress"):
-            times_us += map(_time_of, place.names(directory))
+        for owner in place.inner("in_progress"):
+            for name in place.names(owner):
+                times_us.append(_time_of(name))
+                # A deadline set when the wall clock was ahead would come too late. The clock need not
+                # start above that, only above when the lease began, which is the file's change time.
+                if (claim := _parse(name)) and (info := _lstat(f"{owner}/{name}")):
+                    times_us.append(min(info.st_ctime_ns // 1_000, claim[2]))
         return max(time_us for time_us in times_us if time_us < _CLOCK_END_US)
 
 
@@ -2437,6 +2453,8 @@ class _Owner:
             if not _rename(source, path):
                 return False
         self.claims += 1
+        if self._place.ends:  # close() gives back what it sees, and this may have come after it
+            self.check_open()
         return True
 
     def rest(self) -> None:
@@ -2839,7 +2857,8 @@ def _make_directories(path: str) -> list[str]:
             raise
         return _make_directories(os.path.dirname(path)) + _make_directories(path)
     except FileExistsError:
-        if os.path.lexists(path) and not os.path.isdir(path):  # a file, or a link that leads nowhere
+        # A file, or a link that leads nowhere. In this order: a directory may be removed meanwhile.
+        if not os.path.isdir(path) and os.path.lexists(path):
             raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), path) from None
         return []
 
@@ -3037,7 +3056,8 @@ def _parser() -> argparse.ArgumentParser:
 
 def _complain(message: object) -> int:
     try:
-        print(f"femtoqueue: {message}", file=sys.stderr)
+        if sys.stderr is not None:  # `2>&-`
+            print(f"femtoqueue: {message}", file=sys.stderr)
     except OSError:
         pass  # nobody reads that any more
     return 1

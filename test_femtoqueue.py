@@ -1009,6 +1009,28 @@ print(*[task.data.decode() for task in iter(queue.pop, None)])
     assert run(begin.format(ahead_s) + code, directory, under=rebooted(tmp_path)) == "1 2 3 4\n"
 
 
+@needs_mounts
+@pytest.mark.parametrize(("days", "lease_s"), [(0, 30), (3_000, 3_600)])
+def test_leases_survive_a_reboot(directory: Path, tmp_path: Path, days: int, lease_s: int) -> None:
+    """After a reboot, with the wall clock behind, another node's claim comes back one lease later."""
+    put(directory / "pending" / "1700000000000000_shell")
+    claim = f"queue = FemtoQueue(sys.argv[1], 'node-2', {lease_s * 1_000}); queue.pop(); os._exit(0)"
+    run(claim, directory, under=rebooted(tmp_path))
+    code = f"""
+real_time, real_gettime = time.time, time.clock_gettime
+booted_s = time.clock_gettime(time.CLOCK_BOOTTIME)
+passed_s = 0
+time.time = lambda: real_time() - 86_400 * {days} + passed_s
+time.clock_gettime = lambda clock: real_gettime(clock) - booted_s + passed_s
+queue = FemtoQueue(sys.argv[1], "node-1")  # whose own lease is 30 s
+for passed_s in (0, 15, {lease_s} - 5, {lease_s} + 5):
+    task = queue.pop()
+    print(task and task.attempt)
+"""
+    out = run(code, directory, under=rebooted(tmp_path))
+    assert out.split() == ["None", "None", "None", "2"]
+
+
 def break_clock(directory: Path) -> Path:
     """Delete the clock's file; return where it was."""
     [path] = directory.glob("clock-*")
@@ -1732,6 +1754,17 @@ def test_also_looks_into_the_queues_in_their_order_before_each_task(tmp_path: Pa
     assert b" ".join(handled) == b"2a 1a 3a 2b 1b 3b 3c 1c"
 
 
+def test_also_goes_on_behind_a_queue_that_has_trouble(tmp_path: Path, refuse: Refusal) -> None:
+    """What cannot be read in one queue keeps nobody from the others; it is raised when they are empty."""
+    q1, q2 = FemtoQueue(tmp_path / "1", "node"), FemtoQueue(tmp_path / "2", "node")
+    id = q1.push(b"stuck")
+    q2.push_many([b"a", b"b"])
+    refuse("open", id, errno.EIO)
+    with pytest.raises(OSError, match=id):
+        q1.run(lambda task: None, also=[q2], until_empty=True)
+    assert q2.counts("pending", "done") == {"pending": 0, "done": 2}
+
+
 def test_also_verdicts_are_those_of_the_right_queue(tmp_path: Path) -> None:
     """Each task has the backoff, the max_attempts and the keeping of its own queue."""
     q1 = FemtoQueue(tmp_path / "1", "node")
@@ -2067,6 +2100,24 @@ def test_close_that_raised_can_be_made_again(directory: Path, refuse: Refusal, w
     assert run("print(FemtoQueue(sys.argv[1], 'other').pop().attempt)", directory) == "2\n"
 
 
+def test_a_claim_is_not_made_behind_close(directory: Path, monkeypatch: Patch) -> None:
+    """A pop that close overtakes in another thread raises; the task is there for others as it was."""
+    q = FemtoQueue(directory, "node")
+    id = q.push(b"x")
+
+    def overtaken(source: str, target: str) -> None:
+        monkeypatch.setattr(os, "rename", REAL["rename"])
+        q.close()
+        REAL["rename"](source, target)
+
+    monkeypatch.setattr(os, "rename", overtaken)
+    with pytest.raises(FemtoQueueError, match="closed"):
+        q.pop()
+    other = FemtoQueue(directory, "other")
+    assert other.status(id) == "pending"
+    assert other.pop().attempt == 1
+
+
 def test_dropping_an_object_costs_the_same_however_many_there_are(directory: Path) -> None:
     """Costs do not grow with how many objects a process has: counted in lines, of a drop and a task."""
 
@@ -2234,6 +2285,18 @@ def test_a_shared_bucket_that_cannot_be_used(open_to_all: Path, call: str) -> No
     for number in (2, 3):
         run(as_user(65534, 65534, umask=0) + push % number, open_to_all)
     assert drained(FemtoQueue(open_to_all, "root")) == [b"1", b"2", b"3"]
+
+
+def test_a_link_in_the_place_of_a_shared_bucket_is_not_followed(directory: Path, tmp_path: Path) -> None:
+    """A producer opens a bucket of its own beside it."""
+    FemtoQueue(directory, "a").push(b"1")
+    [bucket] = (directory / "pending").iterdir()
+    shutil.rmtree(bucket)
+    (outside := tmp_path / "outside").mkdir()
+    bucket.symlink_to(outside)
+    q = FemtoQueue(directory, "b")
+    q.push_many([b"2", b"3"])
+    assert drained(q) == [b"2", b"3"] and not [*outside.iterdir()]
 
 
 WITHOUT_ROOM: dict[str, object] = {
@@ -3498,6 +3561,21 @@ def test_threads(directory: Path) -> None:
             thread.result(60)
     found += [(task.id, task.data) for task in iter(queue.pop, None)]
     assert sorted(found) == sorted(pushed.items()) and len(found) == 1_200
+
+
+def test_the_old_side_of_each_rename_is_synced_first(directory: Path, monkeypatch: Patch) -> None:
+    """On btrfs, a file whose new name alone is certain comes back under the old one as well."""
+    q, order = FemtoQueue(directory, "a", sync_after_write=True), []
+
+    def fsync(descriptor: int) -> None:
+        order.append(Path(synced_path(descriptor)).relative_to(directory).parts[0])
+        REAL["fsync"](descriptor)
+
+    q.push_many([b"x", b"y"])
+    _, y = q.pop(), q.pop()
+    monkeypatch.setattr(os, "fsync", fsync)
+    q.done(y)
+    assert order == ["pending", "in_progress", "done"]
 
 
 @pytest.mark.parametrize("what", ["a way back", "a directory", "a done"])
