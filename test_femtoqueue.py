@@ -2287,7 +2287,9 @@ def test_a_shared_bucket_that_cannot_be_used(open_to_all: Path, call: str) -> No
     assert drained(FemtoQueue(open_to_all, "root")) == [b"1", b"2", b"3"]
 
 
-def test_a_link_in_the_place_of_a_shared_bucket_is_not_followed(directory: Path, tmp_path: Path) -> None:
+def test_a_link_in_the_place_of_a_shared_bucket_is_not_followed(
+    directory: Path, tmp_path: Path
+) -> None:
     """A producer opens a bucket of its own beside it."""
     FemtoQueue(directory, "a").push(b"1")
     [bucket] = (directory / "pending").iterdir()
