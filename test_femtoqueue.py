@@ -3578,6 +3578,9 @@ def test_the_old_side_of_each_rename_is_synced_first(directory: Path, monkeypatc
     monkeypatch.setattr(os, "fsync", fsync)
     q.done(y)
     assert order == ["pending", "in_progress", "done"]
+    order.clear()
+    q.close()  # which gives x back
+    assert order == ["in_progress", "pending"]
 
 
 @pytest.mark.parametrize("what", ["a way back", "a directory", "a done"])
