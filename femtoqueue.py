@@ -250,8 +250,8 @@ class FemtoQueue:
 
     def _own_parts(self) -> _Parts:
         pid = os.getpid()
-        if pid not in self._parts:
-            self._parts.setdefault(pid, _Parts(self))  # the same for all threads
+        if pid not in self._parts:  # setdefault: the same for all threads
+            self._parts.setdefault(pid, _Parts(self, self._root, self._ends, self._forfeited))
             for other in set(self._parts) - {pid}:
                 self._parts.pop(other, None)
         return self._parts[pid]
@@ -366,10 +366,10 @@ class FemtoQueue:
         """Hand task after task to `handler`: what a worker's main program usually is.
 
         When it returns, the task is done; it may also finish the task itself. When it raises or exits,
-        that is logged and the task comes back after about 1, 2, 4, ... seconds, at most an
-        hour, until `max_attempts` are used up. Then it fails; the traceback is its reason. While the
-        handler runs, the lease is renewed; `task.lost` tells if it was lost all the same. What it
-        returns is ignored, but a coroutine or generator raises TypeError: it would never run.
+        that is logged and the task comes back after about 1, 2, 4, ... seconds, about an
+        hour at most, until `max_attempts` are used up. Then it fails; the traceback is its reason.
+        While the handler runs, the lease is renewed; `task.lost` tells if it was lost all the same.
+        What it returns is ignored, but a coroutine or generator raises TypeError: it would never run.
 
         `also` names queues to look into, in this order, when this one has no task. `until_empty` ends
         the loop when nothing is pending or due, instead of waiting for more.
@@ -486,12 +486,12 @@ class FemtoQueue:
 class _Parts:
     """The parts behind one FemtoQueue object in one process. A forked child makes its own."""
 
-    def __init__(self, queue: FemtoQueue) -> None:
-        self.place = place = _Place(queue)
+    def __init__(self, queue: FemtoQueue, root: str, ends: set[str], forfeited: set[str]) -> None:
+        self.place = place = _Place(queue, root, ends)
         self.owner = place.owner
         buckets = _Buckets(place, "pending"), _Buckets(place, "scheduled")
         self.looking = _Looking(place)
-        self.keeper = _Keeper(place, self.looking, buckets, queue._forfeited)
+        self.keeper = _Keeper(place, self.looking, buckets, forfeited)
         self.producer = _Producer(place, self.looking, buckets)
         self.consumer = _Consumer(place, self.keeper, buckets[0])
         self.claims = _Claims(place, self.looking, buckets)
@@ -759,8 +759,7 @@ class _Buckets:
         start_us = time_us - time_us % width_us
         bucket = self._in_hand.get((start_us, width_us))
         if bucket is None or bucket.start_us > time_us or bucket.left <= 0:
-            # Nobody comes to the shared bucket of a period that is over.
-            # Nor is a link in its place followed.
+            # Nobody comes to the shared bucket of a past period, nor follows a link in its place.
             is_own = bucket is not None or self._now() >= start_us + width_us
             is_own = is_own or os.path.islink(f"{self._top}/{start_us:016d}")
             name = "%016d.%s" % (time_us, os.urandom(4).hex()) if is_own else "%016d" % start_us
@@ -1349,7 +1348,7 @@ class _Keeper:
     def note_own_elsewhere(self) -> None:
         """Note what was claimed under my node_id elsewhere: on an earlier boot, in another container.
 
-        It is free, for a node_id is in one place at a time. Whoever claims under it later is alive.
+        It is forfeited: a node_id is in one place at a time. Whoever claims under it later is alive.
         """
         for path, owner in self._place.owners():
             if owner[0] == self._place.owner.node_id and _is_elsewhere(owner[3]):
@@ -1571,9 +1570,8 @@ class _Worker:
         delay_us = 1_000_000 * min(2 ** min(task.attempt - 1, 12), 3_600)
         # More or less by up to half: what failed together must not come back together.
         delay_us = int(delay_us * (0.5 + os.urandom(1)[0] / 255))
-        what = f"attempt {task.attempt} failed, again in {delay_us / 1e6:.1f} s"
-        if task._finished or task.attempt >= most:
-            what = f"attempt {task.attempt} failed, the last one"
+        then = "the last one" if task.attempt >= most else f"again in {delay_us / 1e6:.1f} s"
+        what = f"attempt {task.attempt} failed{'' if task._finished else f', {then}'}"
         _log("%s: %s: %s: %s", task.id, what, type(error).__name__, error, error=error)
         if not task._finished:
             parts.claims.retry(task, delay_us, "".join(traceback.format_exception(error)))
@@ -1653,8 +1651,7 @@ class _Looking:
         self._place.check_there()
         top = self._place.path[state]
         seen: set[str] = set()
-        found = [] if state in ("scheduled", "in_progress") else [top]
-        while True:
+        while found := [path for path in self._holders(state) if path not in seen]:  # or made meanwhile
             for directory in found:
                 seen.add(directory)
                 try:
@@ -1664,10 +1661,6 @@ class _Looking:
                 except PermissionError:
                     if strict or directory == top:
                         raise
-            inner = () if state in _FINISHED else self._place.inner(state)
-            found = [directory for directory in inner if directory not in seen]  # or made meanwhile
-            if not found:
-                return
 
     def ids(self, state: str) -> Iterator[str]:
         """The ids of a state in their order, each once: some filesystems list a name twice."""
@@ -1703,7 +1696,7 @@ class _Looking:
         """
         self._place.look_for_owners()
         total, counted = 0, {}
-        for directory in self._directories(("pending",)):
+        for directory in self._holders("pending"):
             now_ns, info = time.time_ns(), _lstat(directory)
             changed_ns = info.st_mtime_ns if info else 0
             known = self._counted.get(directory)
@@ -1743,17 +1736,21 @@ class _Looking:
             if state == "in_progress":
                 paths = [path for found, _, _, path in self.walk(state) if found == id]
             else:
-                name, directories = id, list(self._directories((state,)))
-                if state == "scheduled":  # in buckets only
-                    name, directories = _format(id, 0, _time_of(id)), directories[1:]
+                name = _format(id, 0, _time_of(id)) if state == "scheduled" else id
                 # A bucket holds nothing older than its name says.
                 end = f"{self._place.path[state]}/{id}"
-                paths = [f"{directory}/{name}" for directory in directories if directory <= end]
+                paths = [f"{path}/{name}" for path in self._holders(state) if path <= end]
             for path in paths:
                 if (info := _lstat(path)) and stat.S_ISREG(info.st_mode):
                     yield state, path
 
+    def _holders(self, state: str) -> list[str]:
+        """The directories in which the tasks of a state lie."""
+        top = [] if state in ("scheduled", "in_progress") else [self._place.path[state]]
+        return top if state in _FINISHED else top + self._place.inner(state)
+
     def _directories(self, states: Iterable[str]) -> Iterator[str]:
+        """Where a change of these states shows: what to watch."""
         for state in states:
             yield self._place.path[state]
             if state not in _FINISHED:
@@ -1958,6 +1955,7 @@ class _Waiting:
             import threading
 
             def close() -> None:
+                """Close it, and let the next one have a thread."""
                 try:
                     os.close(inotify)
                 finally:
@@ -1978,14 +1976,14 @@ _closing = _thread.allocate_lock()  # held while a thread does it: one at a time
 class _Place:
     """Where is the queue, and how durable is a change? What the parts of one object share."""
 
-    def __init__(self, queue: FemtoQueue) -> None:
-        self.root = root = queue._root
+    def __init__(self, queue: FemtoQueue, root: str, ends: set[str]) -> None:
+        self.root = root
         self.durable = queue.sync_after_write
         self.lease_us = int(queue.timeout_stale_ms * 1_000)
         self.max_attempts = queue.max_attempts or _MAX_ATTEMPT
         self.keeps = {"done": queue.keep_done, "failed": queue.keep_failed, "corrupt": True}
         self.maxsize = queue.maxsize
-        self.ends = queue._ends
+        self.ends = ends
         self.path = {state: f"{root}/{state}" for state in (*STATES, "creating")}
         self.layout = f"{root}/layout"
         self.owner = _Owner(self, queue.node_id)
@@ -2276,7 +2274,10 @@ class _Changes:
         self._sync_lock = _thread.RLock()
 
     def note(self, new: str, *old: str) -> None:
-        """Have them synced by the next `sync`. An old side that is noted already keeps its place."""
+        """Have them synced by the next `sync`, an old side that is not noted yet before all the rest.
+
+        To be called after the rename: another thread may sync at once.
+        """
         if self._durable:
             with self._lock:
                 first = {directory: None for directory in old if directory not in self._touched}
@@ -2286,7 +2287,7 @@ class _Changes:
                     self._touched.update({**first, new: None})
 
     def note_old(self, directory: str) -> None:
-        """Have an old side synced before all that is noted by now. Another thread may sync at once."""
+        """Have an old side synced before all that is noted by now."""
         if self._durable:
             with self._lock:
                 self._touched = {directory: None, **self._touched}
@@ -3015,13 +3016,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     import argparse
 
-    about = "A task queue in a directory, from the shell."
-    parser = argparse.ArgumentParser(prog="femtoqueue", description=about)
+    parser = argparse.ArgumentParser("femtoqueue", description="A task queue in a directory.")
     parser.add_argument("--version", action="version", version=f"femtoqueue {__version__}")
     parser.add_argument("dir", metavar="DIR", help="the queue's directory")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     def command(call: Callable[[argparse.Namespace], int], help: str) -> Callable[..., object]:
+        """Add a command that is named as its function; return what adds its arguments."""
         name = call.__name__.removeprefix("_command_")
         parser = commands.add_parser(name, help=help, description=help)
         parser.set_defaults(call=call)
@@ -3186,6 +3187,7 @@ def _command_run(options: argparse.Namespace) -> int:
     logging.getLogger("femtoqueue").addHandler(console)
 
     def handle(task: FemtoTask) -> None:
+        """Run the command for a task; its exit status is the verdict."""
         status = _run_command([options.cmd, *options.arguments], task)
         if status == 100:  # as for qmail-local
             _log("%s: failed for good: %s: exit status 100", task.id, options.cmd)
