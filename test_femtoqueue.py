@@ -472,29 +472,6 @@ def synced_path(descriptor: int) -> str:
     return os.readlink(f"/proc/self/fd/{descriptor}")
 
 
-@contextlib.contextmanager
-def synced_slowly(queue: FemtoQueue, end: str, monkeypatch: Patch) -> Iterator[list[str]]:
-    """The block runs while a pop in another thread is held up where it syncs a path with this end; yields
-    what happens, in order: that it was synced, and that the block returned."""
-    begun, returned, events = threading.Event(), threading.Event(), []
-
-    def sync_slowly(descriptor: int) -> None:
-        if threading.current_thread() is slow and synced_path(descriptor).endswith(end):
-            begun.set()
-            returned.wait(0.5)  # in vain, unless the block returns too early
-            events.append("synced")
-        REAL["fsync"](descriptor)
-
-    slow = threading.Thread(target=queue.pop)
-    monkeypatch.setattr(os, "fsync", sync_slowly)
-    slow.start()
-    assert begun.wait(10)
-    yield events
-    events.append("returned")
-    returned.set()
-    slow.join()
-
-
 @pytest.fixture
 def unlogged(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nobody keeps what is logged: with its traceback, an error keeps queue objects alive."""
